@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['current_block', 'grace', 'CappedText', 'Block', 'outside_block', 'summarize', 'summarize_ns', 'show_vars', 'Answer',
-           'Scaffold', 'bind', 'unbind', 'settle', 'BlockTimeout', 'describe_error', 'CodeThread', 'exec_code']
+           'Scaffold', 'bind', 'unbind', 'begin', 'settle', 'BlockTimeout', 'describe_error', 'CodeThread', 'exec_code']
 
 # %% ../nbs/01_repl.ipynb #41296eea
 import ast, builtins, codecs, contextvars, ctypes, itertools, json, linecache, os, random, signal, subprocess, sys, threading, time, traceback
@@ -172,7 +172,6 @@ def bind(
     scaffold.had = {k: ns[k] for k in scaffold.bound if k in ns and ns[k] is not ours.get(k)}
     ns.update(scaffold.bound, __rlm__=scaffold)
     ns.setdefault('__name__', '__main__')
-    if scaffold.final_name: ns.pop(scaffold.final_name, None)
     scaffold.ns, scaffold.active = ns, True
 
 def unbind(
@@ -190,8 +189,14 @@ def _json_final(scaffold, notes): # The answer in the variable `final_name`
     value = scaffold.ns[name]
     try: return FinalAnswer(value, value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False))
     except (TypeError, ValueError, RecursionError):
-        del scaffold.ns[name]
         notes.append(f'`{name}` must be something that JSON can hold, and not a {type(value).__name__}. Set it again.')
+
+def begin(
+    scaffold:Scaffold, # Of the namespace that a block is to run in
+)->None:
+    "Before a block: what was said before is no answer of this block."
+    scaffold.final, scaffold.answer['ready'] = None, False
+    if scaffold.final_name: scaffold.ns.pop(scaffold.final_name, None)
 
 def settle(
     scaffold:Scaffold, # Of the namespace that a block ran in
@@ -312,12 +317,12 @@ class CodeThread:
                 if not fut.done(): fut.set_exception(e)
             del fut, job
     def interrupt(self,
-        fut:Future, # The job to interrupt; nothing happens if it is not the one at work
+        fut:Future|None=None, # The job to interrupt, if it is the one at work; None is any
         exc:type=BlockTimeout, # Exception class to raise in it
     ):
         "Raise `exc` in the thread while it works on `fut`."
         with self.lock:
-            if self.fut is fut: ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(exc))
+            if self.fut and fut in (None, self.fut): ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(exc))
     def close(self):
         "End the thread once it is idle; the next job starts a new one."
         if self.thread: self.jobs.put((None, None))
@@ -369,13 +374,13 @@ def _execute(code, ns, lang, block, timeout, thread): # Returns (exception or No
         finally: current_block.reset(token)
     if thread is None and threading.current_thread() is threading.main_thread() and hasattr(signal, 'setitimer'):
         return _on_main(block, job, None if lang == 'bash' else timeout)
+    if thread: return _on_thread(block, job, None if lang == 'bash' else timeout, thread), False
     if timeout is None or lang == 'bash':
         try: return job(), False
         except BaseException as e: return e, False
-    own = thread or CodeThread()
+    own = CodeThread()
     try: return _on_thread(block, job, timeout, own), False
-    finally:
-        if thread is None: own.close()
+    finally: own.close()
 
 def exec_code(
     code:str, # A block of source
@@ -384,7 +389,7 @@ def exec_code(
     lang:str='python', # `python` or `bash`
     timeout:float|None=None, # Seconds; None is no limit
     max_output:int=200_000, # Characters to keep of stdout and of stderr
-    thread:CodeThread|None=None, # Where to run a block that has a timeout, if not on the main thread
+    thread:CodeThread|None=None, # Where to run it, if not on the calling thread
 )->REPLResult: # What it did
     "Run a block in `ns`. What the code raises is in the result; only a real Ctrl-C is raised, with the result as its `.block`."
     if hasattr(ns, 'exec_code'): return ns.exec_code(code, lang=lang, timeout=timeout, max_output=max_output)
@@ -392,6 +397,7 @@ def exec_code(
     if not isinstance(code, str): raise TypeError(f'`code` must be a str, not a {type(code).__name__}')
     _install()
     block, t0 = Block(max_output), time.perf_counter()
+    if isinstance(ns.get('__rlm__'), Scaffold): begin(ns['__rlm__'])
     err, ctrl_c = _execute(code, ns, 'bash' if lang in ('bash', 'sh') else 'python', block, timeout, thread)
     block.open = False
     res = _result(ns, block, err, time.perf_counter() - t0)
