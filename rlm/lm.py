@@ -8,7 +8,7 @@ __all__ = ['Usage', 'Reply', 'priced', 'RLMError', 'LMError', 'LMAuthError', 'LM
            'LitellmLM', 'get_lm']
 
 # %% ../nbs/02_lm.ipynb #26f2d1a2
-import asyncio, copy, functools, importlib, importlib.util, inspect, os, re, threading
+import asyncio, copy, functools, importlib, importlib.util, inspect, json, os, random, re, threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -42,7 +42,9 @@ class RLMError(Exception):
     "Base of all errors of this library. `result` is the partial result, where a run was under way."
     result = None
 
-class LMError(RLMError): "A model call failed for good."
+class LMError(RLMError):
+    "A model call failed for good. `usage` is what its tries had used, as far as that is known."
+    usage = None
 class LMAuthError(LMError): "There is no key, or the provider refused it."
 class LMModelError(LMError): "There is no such model."
 class LMConnectionError(LMError): "The server cannot be reached."
@@ -111,6 +113,7 @@ class LM:
     "Messages in, a Reply out. Subclasses define `ask`."
     name = 'lm' # What logs and usage call it
     price = None # USD per million tokens: (input, output, cache write, cache read), or None
+    window = 200_000 # Tokens that the model can read
     async def ask(self, msgs, cache): raise NotImplementedError
     def other(self,
         model, # A name, a function or an LM
@@ -189,9 +192,9 @@ def _claudette(): # claudette's AsyncClient, less the arguments that are not set
     return Client
 
 @functools.cache
-def _client(base_url, api_key, timeout, retries): # One connection pool for each server and key
+def _client(base_url, api_key, timeout): # One connection pool for each server and key
     from anthropic import AsyncAnthropic
-    return AsyncAnthropic(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries)
+    return AsyncAnthropic(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0)
 
 def default_model()->str: # A name
     "`RLM_MODEL`, else the newest Sonnet that claudette lists."
@@ -209,19 +212,33 @@ def price_of(
         for k,v in model_types.items():
             if re.sub(r'-\d{8}$', '', k) == o and v in pricing: return pricing[v]
 
-# %% ../nbs/02_lm.ipynb #4db20979
-def _translate(e, lm): # One of the SDK's exceptions -> one of ours
+# %% ../nbs/02_lm.ipynb #c35585ed
+class _BrokenReply(Exception): "A stream that ended early."
+
+def _translate(e, lm): # What the client raised -> one of ours
     import anthropic as a
     where = lm.base_url or 'the Anthropic API'
-    detail = (e.body or {}).get('error', {}) if isinstance(getattr(e, 'body', None), dict) else {}
-    said = str(detail.get('message') or getattr(e, 'message', '') or e) if isinstance(detail, dict) else str(e)
+    body = getattr(e, 'body', None)
+    detail = body.get('error') if isinstance(body, dict) else None
+    said = ' '.join(str((detail.get('message') if isinstance(detail, dict) else None) or getattr(e, 'message', '') or e).split())
     if isinstance(e, (a.AuthenticationError, a.PermissionDeniedError)):
         return LMAuthError(f'{where} refused the key ({e.status_code}: {said}); set ANTHROPIC_API_KEY to a valid one')
     if isinstance(e, a.NotFoundError): return LMModelError(f'{where} has no model {lm.name!r} ({said}); pass another `model`')
     if isinstance(e, a.APIConnectionError):
         return LMConnectionError(f'no connection to {where} ({e.__cause__ or said}); check the address, the network and whether the server runs')
     if isinstance(e, a.APIStatusError): return LMError(f'{where} answered {e.status_code}: {said}')
-    return LMError(f'{where} sent something that is no reply ({type(e).__name__}: {said})')
+    return LMError(f'{where} sent a broken reply ({type(e).__name__}: {said})')
+
+# %% ../nbs/02_lm.ipynb #20ef7889
+def _pause(e, n): # Seconds to wait before another try after `n`; None where that is no use
+    import anthropic as a
+    status, headers = getattr(e, 'status_code', None), getattr(getattr(e, 'response', None), 'headers', {})
+    wire = type(e).__module__.partition('.')[0] in ('httpx', 'httpx2', 'httpcore', 'httpcore2') # The SDK lets these through from a stream
+    absent = isinstance(e, a.APIConnectionError) and type(e.__cause__).__name__ == 'ConnectError'
+    again = status in (200, 408, 409, 429) or (status or 0) >= 500 or isinstance(e, (a.APIConnectionError, _BrokenReply, json.JSONDecodeError)) or wire
+    if not again or headers.get('x-should-retry') == 'false' or absent and n > 2: return
+    try: return max(float(headers['retry-after']), 0)
+    except (KeyError, ValueError): return min(.25 * 2 ** n, 8) * random.uniform(.75, 1)
 
 # %% ../nbs/02_lm.ipynb #ef0b92c5
 def _block(text, cached=False): # A text block as the Messages API has it; empty text is refused there
@@ -232,14 +249,36 @@ def _payload(msgs, cache): # Our messages -> (system blocks, messages), with bre
     rest = [m for m in msgs if m['role'] != 'system']
     return sp, [dict(role=m['role'], content=[_block(m['content'], cache and i == len(rest) - 1)]) for i,m in enumerate(rest)]
 
-# %% ../nbs/02_lm.ipynb #afd081a9
-async def _call(lm, msgs, cache): # One request through claudette; returns the provider's message
+# %% ../nbs/02_lm.ipynb #9866249e
+def _usage(lm, u): # The provider's usage -> ours
+    return priced(lm.price, u.input_tokens, u.output_tokens, u.cache_creation_input_tokens or 0, u.cache_read_input_tokens or 0)
+
+async def _stream(client, msgs, sp, args): # As claudette's call with `stream=True`, but what a broken stream had used is kept
+    msgs, kw = client._precall(msgs, '', sp, args['temp'], args['maxtok'], 0, True, None, None, None, {})
+    async with client.c.messages.stream(model=client.model, messages=msgs, **kw) as s:
+        try:
+            res = await s.get_final_message()
+            if res.stop_reason is None: raise _BrokenReply('the stream ended early')
+        except Exception as e: e.used = s.current_message_snapshot.usage; raise
+    return res
+
+async def _send(lm, msgs, cache): # One try; returns the provider's message
     sp, rest = _payload(msgs, cache)
     cls = _claudette() if _claudette.cache_info().currsize else await in_thread(_claudette)
-    res = await cls(lm.name, cli=_client(*lm.client_args))(rest, sp=sp, **lm.call_args)
-    if not lm.call_args['stream']: return res
-    async for _ in res: pass
-    return res.value
+    client = cls(lm.name, cli=_client(*lm.client_args))
+    return await (_stream(client, rest, sp, lm.call_args) if lm.streams else client(rest, sp=sp, **lm.call_args))
+
+async def _call(lm, msgs, cache): # All tries; returns the message and what the failed ones had used
+    lost = Usage()
+    for n in range(lm.retries + 1):
+        try: return await _send(lm, msgs, cache), lost
+        except Exception as e:
+            if hasattr(e, 'used'): lost += _usage(lm, e.used)
+            pause = _pause(e, n) if n < lm.retries else None
+            if pause is None:
+                err = _translate(e, lm); err.usage = lost
+                raise err from e
+        await asyncio.sleep(pause)
 
 class ClaudetteLM(LM):
     "A model behind the Messages API: Claude, or any server that speaks it."
@@ -251,14 +290,14 @@ class ClaudetteLM(LM):
         max_tokens:int=8192, # Longest reply
         temperature:float|None=None, # Not sent if None
         timeout:float=600., # Seconds for one request
-        retries:int=4, # How often the SDK tries again
+        retries:int=8, # Further tries after a failure that may pass
         price:tuple|None=None, # USD per million tokens; claudette's list if None
     ):
         if not (api_key or any(os.environ.get(k) for k in ('ANTHROPIC_API_KEY', 'ANTHROPIC_AUTH_TOKEN'))):
             raise LMAuthError("there is no API key: set ANTHROPIC_API_KEY, or use model='offline' or 'ollama/NAME', which need none")
         self.name, self.base_url, self._price = model or default_model(), base_url, price
-        self.client_args = base_url, api_key, timeout, retries
-        self.call_args = dict(temp=temperature, maxtok=max_tokens, stream=max_tokens > 16_000)
+        self.client_args, self.retries, self.streams = (base_url, api_key, timeout), retries, max_tokens > 16_000
+        self.call_args = dict(temp=temperature, maxtok=max_tokens)
     @property
     def price(self): return self._price or price_of(self.name)
     def other(self, model):
@@ -266,13 +305,10 @@ class ClaudetteLM(LM):
         lm = copy.copy(self); lm.name = model
         return lm
     async def ask(self, msgs, cache=False):
-        import anthropic
-        try: res = await _call(self, msgs, cache)
-        except anthropic.AnthropicError as e: raise _translate(e, self) from e
+        res, lost = await _call(self, msgs, cache)
         from claudette.core import contents
-        u, has_text = res.usage, any(getattr(b, 'text', '') for b in res.content)
-        usage = priced(self.price, u.input_tokens, u.output_tokens, u.cache_creation_input_tokens or 0, u.cache_read_input_tokens or 0)
-        return Reply(contents(res, show_thk=False) if has_text else '', usage, res.stop_reason, self.name)
+        has_text = any(getattr(b, 'text', '') for b in res.content) # claudette makes 'None' of a message that has none
+        return Reply(contents(res, show_thk=False) if has_text else '', _usage(self, res.usage) + lost, res.stop_reason, self.name)
 
 # %% ../nbs/02_lm.ipynb #a2eb9982
 class LitellmLM(LM):

@@ -9,8 +9,8 @@ __all__ = ['Ask', 'Exec', 'Trajectory', 'rlm_steps', 'drive', 'adrive']
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from ._rlmpaper_compat import (CodeBlock, FinalAnswer, PAPER, Protocol, RLMIteration, UsageSummary, add_message, bound_names,
-    build_user_prompt, find_fences, format_iteration, parse_final, runnable)
+from ._rlmpaper_compat import (COMPACT_PROMPT, CodeBlock, FinalAnswer, PAPER, Protocol, RLMIteration, UsageSummary, add_message, bound_names,
+    build_user_prompt, compact, find_fences, format_iteration, parse_final, runnable)
 from .limits import LimitExceeded
 
 # %% ../nbs/04_loop.ipynb #06d79dea
@@ -35,6 +35,8 @@ class Trajectory:
     shown: bool = False # True where the first message holds the whole context
     max_errors: int|None = None # Turns in a row whose code may fail
     accept: Callable = lambda answer: answer # FinalAnswer -> FinalAnswer, or ValueError with words for the model
+    compact_at: float|None = None # Tokens of one call from which on older turns are summarized
+    on_compact: Callable = lambda msgs: None # Called with the messages that a summary is about to replace
     iterations: list = field(default_factory=list)
     answer: FinalAnswer|None = None
     stop: str|None = None # Why it ended; None while it goes on
@@ -106,6 +108,18 @@ def _last_call(t): # Ask for what there is
         except ValueError as e: it.notes.append(str(e))
     return it
 
+# %% ../nbs/04_loop.ipynb #5c85830b
+def _compact(t): # Replace the older turns by the model's notes, if the last call was too long
+    used = t.iterations[-1].usage.total.total_tokens
+    if t.compact_at is None or used < t.compact_at: return
+    whole = list(t.msgs)
+    add_message(t.msgs, dict(role='user', content=COMPACT_PROMPT))
+    it = yield from _reply(t)
+    it.notes.append(f'{len(whole)} messages, {used:,} tokens, were replaced by these notes.')
+    t.on_compact(whole)
+    t.msgs[:], t.sent = compact(whole, it.response), 0
+    yield it
+
 # %% ../nbs/04_loop.ipynb #63f89bdf
 def _turns(t): # Until there is an answer or the turns are used up
     errors = 0
@@ -117,6 +131,7 @@ def _turns(t): # Until there is an answer or the turns are used up
         if errors == t.max_errors: raise LimitExceeded('max_errors', t.max_errors, errors)
         for m in format_iteration(it, protocol=t.protocol): add_message(t.msgs, m)
         if i + 1 < t.max_iters: add_message(t.msgs, build_user_prompt(None, i + 1, t.max_iters, t.protocol))
+        yield from _compact(t)
     it = yield from _last_call(t)
     yield it
     return 'max_iters'
