@@ -43,22 +43,28 @@ def read_context(
     paths = paths or ['-']
     return read_file(paths[0], encoding) if len(paths) == 1 else {str(o): read_file(o, encoding) for o in paths}
 
-# %% ../nbs/13_cli.ipynb #a9cc292b
-def _short(s, n=300): return ' '.join(head_tail(str(s), n).split())
+# %% ../nbs/13_cli.ipynb #dc686a0b
+def _short(s, n): # The start of `s`, on one line
+    s = ' '.join(str(s).split())
+    return s if len(s) <= n else f'{s[:n]}...'
 
 def tell(
     e, # An Event
 )->str|None: # Text, or None where there is nothing to say
     "An event in words."
-    pad = '  ' * e.depth
-    if e.kind == 'turn' and e.phase == 'end':
-        out = [f'{pad}--- turn {e.data["number"]}', e.data['iteration'].response.strip()]
-        for b in e.data['iteration'].code_blocks: out += ['>>> ' + o for o in head_tail((b.result.stdout + b.result.stderr).rstrip(), 1500).splitlines()]
-        return '\n'.join(out).replace('\n', f'\n{pad}')
-    if e.kind == 'subcall' and e.phase == 'end':
-        c = e.data['call']
-        return f'{pad}    {c.root_model}: {_short(c.prompt, 80)} -> {_short(c.response, 120)} ({c.execution_time:.1f} s)'
-    if e.kind == 'run' and e.phase == 'end' and e.depth == 0: return f'--- {e.data["result"].summary()}'
+    text, d = None, e.data
+    if (e.kind, e.phase) == ('turn', 'reply'): text = f'--- turn {d["number"]}\n{d["reply"].text.strip()}'
+    elif e.phase != 'end': return
+    elif e.kind == 'block':
+        out = (d['result'].stdout + d['result'].stderr).rstrip()
+        text = '\n'.join('>>> ' + o for o in head_tail(out, 1500).splitlines())
+    elif e.kind == 'turn': text = '\n'.join('!!! ' + o for o in d['iteration'].notes)
+    elif e.kind == 'subcall':
+        c = d['call']
+        text = f'    {c.root_model}: {_short(c.prompt, 70)} -> {_short(c.response, 70)} ({c.execution_time:.1f} s)'
+    elif e.kind == 'run' and e.depth == 0: text = f'--- {d["result"].summary()}'
+    pad = '    ' * e.depth
+    return text and pad + text.replace('\n', f'\n{pad}')
 
 def _usage_lines(res): # What each model used
     for name, u in res.usage.model_usage_summaries.items():

@@ -104,7 +104,7 @@ class RLMResult:
 class Event:
     "Something began or ended."
     kind: str # `run`, `turn`, `block`, `subcall` or `child`
-    phase: str # `start` or `end`
+    phase: str # `start`, `end`, and for a turn `reply`
     depth: int # Of the run that it belongs to; 0 is the root
     data: dict # What there is to say of it
 
@@ -361,10 +361,13 @@ def running(
         run.ledger, run.clock = Ledger(Limits(max_depth=run.limits.max_depth)), Clock() # For a person who goes on calling its functions
         run.emit('run', result=run.result)
 
-# %% ../nbs/05_core.ipynb #7792e4b2
-def _ask(run): # The call for one turn
-    run.emit('turn', 'start', number=len(run.t.iterations) + 1)
-    return metered(run.lm, run.t.msgs, run.ledger, run.clock, cache=run.cfg.cache)
+# %% ../nbs/05_core.ipynb #77d87e08
+async def _ask(run): # The call for one turn
+    number = len(run.t.iterations) + 1
+    run.emit('turn', 'start', number=number)
+    reply = await metered(run.lm, run.t.msgs, run.ledger, run.clock, cache=run.cfg.cache)
+    run.emit('turn', 'reply', number=number, reply=reply)
+    return reply
 
 def _exec(run, step): # Run one block; a time limit of the whole run ends it too
     limits = [o for o in (run.limits.block_timeout, run.clock.left()) if o is not None]
