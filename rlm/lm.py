@@ -7,8 +7,8 @@ __all__ = ['Usage', 'Reply', 'priced', 'RLMError', 'LMError', 'LMAuthError', 'LM
            'on_loop', 'in_thread', 'LM', 'FnLM', 'ScriptLM', 'OfflineLM', 'default_model', 'price_of', 'ClaudetteLM',
            'LitellmLM', 'get_lm']
 
-# %% ../nbs/02_lm.ipynb #26f2d1a2
-import asyncio, copy, functools, importlib, importlib.util, inspect, json, os, random, re, threading
+# %% ../nbs/02_lm.ipynb #88d45e81
+import asyncio, copy, functools, importlib.util, inspect, json, os, random, re, threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -310,7 +310,14 @@ class ClaudetteLM(LM):
         has_text = any(getattr(b, 'text', '') for b in res.content) # claudette makes 'None' of a message that has none
         return Reply(contents(res, show_thk=False) if has_text else '', _usage(self, res.usage) + lost, res.stop_reason, self.name)
 
-# %% ../nbs/02_lm.ipynb #a2eb9982
+# %% ../nbs/02_lm.ipynb #2faa553b
+@functools.cache
+def _litellm(): # Its import takes seconds, and would fetch a list of prices if it were not told to use its own
+    os.environ.setdefault('LITELLM_LOCAL_MODEL_COST_MAP', 'True')
+    import litellm
+    litellm.suppress_debug_info = True
+    return litellm
+
 class LitellmLM(LM):
     "A model of any provider that litellm knows."
     def __init__(self,
@@ -320,18 +327,24 @@ class LitellmLM(LM):
         if not importlib.util.find_spec('litellm'):
             raise LMModelError(f"{model!r} needs litellm: pip install 'rlm[providers]' (Claude models are named without a provider)")
         self.name, self.kwargs = model, kwargs
+    @property
+    def price(self):
+        known = _litellm().model_cost
+        d = known.get(self.name) or known.get(self.name.partition('/')[2])
+        keys = ('input_cost_per_token', 'output_cost_per_token', 'cache_creation_input_token_cost', 'cache_read_input_token_cost')
+        return d and tuple(1e6 * (d.get(k) or 0) for k in keys)
     def other(self, model): return LitellmLM(model, **self.kwargs) if isinstance(model, str) and '/' in model else get_lm(model)
     async def ask(self, msgs, cache=False):
-        llm = await in_thread(importlib.import_module, 'litellm')
+        llm = await in_thread(_litellm)
+        import openai # litellm's errors are all subclasses of this package's
         kinds = {llm.AuthenticationError: LMAuthError, llm.NotFoundError: LMModelError, llm.APIConnectionError: LMConnectionError}
         try: res = await llm.acompletion(model=self.name, messages=msgs, **self.kwargs)
-        except llm.exceptions.OpenAIError as e:
-            raise next((v for k,v in kinds.items() if isinstance(e, k)), LMError)(f'{self.name}: {e}') from e
+        except openai.OpenAIError as e:
+            raise next((v for k,v in kinds.items() if isinstance(e, k)), LMError)(f'{self.name}: {" ".join(str(e).split())}') from e
         choice, u = res.choices[0], res.usage
+        read = getattr(u.prompt_tokens_details, 'cached_tokens', None) or 0
         stop = dict(length='max_tokens', stop='end_turn').get(choice.finish_reason, choice.finish_reason)
-        return Reply(choice.message.content or '', Usage(1, u.prompt_tokens, u.completion_tokens, self._cost(llm, res)), stop, self.name)
-    def _cost(self, llm, res): # litellm raises a bare Exception for a model whose price it does not know
-        return llm.completion_cost(res) if res.model in llm.model_cost or self.name in llm.model_cost else None
+        return Reply(choice.message.content or '', priced(self.price, u.prompt_tokens - read, u.completion_tokens, 0, read), stop, self.name)
 
 # %% ../nbs/02_lm.ipynb #8273ae2e
 def get_lm(
