@@ -103,7 +103,7 @@ class RLMResult:
 @dataclass
 class Event:
     "Something began or ended."
-    kind: str # `run`, `turn`, `block`, `subcall` or `child`
+    kind: str # `run`, or `child` for a run below another; `turn`, `block` or `subcall`
     phase: str # `start`, `end`, and for a turn `reply`
     depth: int # Of the run that it belongs to; 0 is the root
     data: dict # What there is to say of it
@@ -346,7 +346,8 @@ def running(
 ):
     "Around the loop: yields the Trajectory; afterwards the result is `run.result`."
     run.t = _prepare(run, query, context, shown)
-    run.emit('run', 'start', query=query)
+    kind = 'child' if run.parent else 'run'
+    run.emit(kind, 'start', query=query)
     try: yield run.t
     except BaseException as e:
         run.t.stop = 'interrupted' if isinstance(e, (KeyboardInterrupt, asyncio.CancelledError, GeneratorExit)) else 'errors'
@@ -359,7 +360,7 @@ def running(
         unbind(run.ns)
         if run.thread: run.thread.close()
         run.ledger, run.clock = Ledger(Limits(max_depth=run.limits.max_depth)), Clock() # For a person who goes on calling its functions
-        run.emit('run', result=run.result)
+        run.emit(kind, result=run.result)
 
 # %% ../nbs/05_core.ipynb #77d87e08
 async def _ask(run): # The call for one turn
@@ -370,9 +371,10 @@ async def _ask(run): # The call for one turn
     return reply
 
 def _exec(run, step): # Run one block; a time limit of the whole run ends it too
-    limits = [o for o in (run.limits.block_timeout, run.clock.left()) if o is not None]
+    left = run.clock.left() # At least a second: what a draft of the answer is read with
+    timeout = min((o for o in (run.limits.block_timeout, left and max(left, 1.)) if o is not None), default=None)
     run.emit('block', 'start', code=step.code)
-    res = exec_code(step.code, run.ns, lang=step.lang, timeout=max(min(limits), 1.) if limits else None, thread=run.thread)
+    res = exec_code(step.code, run.ns, lang=step.lang, timeout=timeout, thread=run.thread)
     run.emit('block', code=step.code, result=res)
     return res
 

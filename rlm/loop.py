@@ -74,6 +74,7 @@ def _reply(t): # Ask, and begin an iteration with the reply
     t0 = time.perf_counter()
     reply = yield Ask(t.msgs)
     it = RLMIteration(t.msgs[t.sent:], reply.text, iteration_time=time.perf_counter() - t0, usage=UsageSummary({reply.model: reply.usage}))
+    if reply.stop_reason == 'max_tokens': it.notes.append('Your reply was cut off at its greatest length. Write less at a time.')
     t.iterations.append(it)
     t.sent = len(t.msgs) + 1 # The reply itself will stand at this place
     return it
