@@ -10,8 +10,8 @@ __all__ = ['SCAFFOLD', 'RLM_SYSTEM_PROMPT', 'PAPER', 'ANSWER', 'NANO', 'COMPACT_
            'text_metadata', 'format_metadata', 'Protocol', 'describe_environment', 'describe_context',
            'build_rlm_system_prompt', 'build_user_prompt', 'compact', 'preview', 'format_iteration', 'add_message']
 
-# %% ../nbs/00_rlmpaper_compat.ipynb #4f5915f1
-import ast, json, math, re
+# %% ../nbs/00_rlmpaper_compat.ipynb #a2d44a48
+import ast, functools, json, math, re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import FunctionType, ModuleType
@@ -216,6 +216,7 @@ _py_langs = ('repl', 'python', 'py')
 def _closes(line, mark): s = line.strip(); return len(s) >= len(mark) and not s.strip(mark[0])
 
 def _string_open(code): # Is the end of `code` inside a triple-quoted string?
+    if '"""' not in code and "'''" not in code: return False
     try: ast.parse(code)
     except SyntaxError as e: return 'unterminated triple-quoted' in str(e.msg)
     except (ValueError, MemoryError, RecursionError): pass
@@ -223,11 +224,9 @@ def _string_open(code): # Is the end of `code` inside a triple-quoted string?
 
 def _dedent(line, n): return line[min(n, len(line) - len(line.lstrip(' \t'))):]
 
-# %% ../nbs/00_rlmpaper_compat.ipynb #ccd0b91d
-def find_fences(
-    text:str, # What the model wrote
-)->list[Fence]: # In document order
-    "All fenced blocks of `text`."
+# %% ../nbs/00_rlmpaper_compat.ipynb #eb425c06
+@functools.lru_cache(8) # A turn asks several times about the same reply
+def _fences(text):
     raw = text.split('\n'); lines = [o.rstrip('\r') for o in raw]
     starts = [0]
     for o in raw: starts.append(starts[-1] + len(o) + 1)
@@ -251,6 +250,12 @@ def find_fences(
         res.append(Fence(word, code, starts[i], min(starts[min(end + 1, len(lines))], len(text)), closed))
         i = end + 1
     return res
+
+def find_fences(
+    text:str, # What the model wrote
+)->list[Fence]: # In document order
+    "All fenced blocks of `text`."
+    return list(_fences(text))
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #afa7d356
 def runnable(
@@ -301,6 +306,7 @@ def parse_final(
     text:str, # What the model wrote
 )->tuple|None: # ('FINAL', body) or ('FINAL_VAR', name), or None
     "The answer that `text` declares outside its code blocks: the last FINAL_VAR, else the last FINAL."
+    if 'FINAL' not in text: return
     for o in reversed(find_fences(text)): text = text[:o.start] + '\n' + text[o.end:]
     found, stop = None, len(text)
     for m in reversed(list(_final.finditer(text))):

@@ -46,7 +46,7 @@ class Trajectory:
 # %% ../nbs/04_loop.ipynb #9818b89b
 def _named(t, it, kind, body): # Does FINAL's body name a variable that a block of this run made?
     if kind == 'FINAL_VAR' or not body.isidentifier(): return kind == 'FINAL_VAR'
-    made = any(body in bound_names(b.code) for o in t.iterations for b in o.code_blocks if b.lang == 'python')
+    made = any(body in b.code and body in bound_names(b.code) for o in t.iterations for b in o.code_blocks if b.lang == 'python')
     if made: it.notes.append(f'FINAL({body}) was taken as FINAL_VAR({body}), since {body} is a variable.')
     return made
 
