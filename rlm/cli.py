@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'ContextError', 'read_file', 'read_context', 'tell', 'ask
 # %% ../nbs/13_cli.ipynb #5b3515bd
 import argparse, json, os, sys
 from pathlib import Path
+from . import __version__
 from ._rlmpaper_compat import ANSWER, NANO, PAPER, head_tail
 
 # %% ../nbs/13_cli.ipynb #9f0bfbb9
@@ -123,6 +124,7 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     top = argparse.ArgumentParser('rlm', description='Recursive language models: answers about contexts of any size.',
         epilog='`rlm COMMAND -h` explains a command.')
+    top.add_argument('--version', action='version', version=f'rlm {__version__}')
     top.add_argument('command', choices=COMMANDS, help=' '.join(f'{k}: {v[2]};' for k,v in COMMANDS.items()).rstrip(';'))
     parser, run, _ = COMMANDS[top.parse_args(argv[:1]).command]
     try: return run(parser().parse_intermixed_args(argv[1:])) # Options may stand between the question and the files

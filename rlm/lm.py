@@ -217,7 +217,7 @@ class _BrokenReply(Exception): "A stream that ended early."
 
 def _translate(e, lm): # What the client raised -> one of ours
     import anthropic as a
-    where = lm.base_url or 'the Anthropic API'
+    where = lm.base_url or os.environ.get('ANTHROPIC_BASE_URL') or 'the Anthropic API'
     body = getattr(e, 'body', None)
     detail = body.get('error') if isinstance(body, dict) else None
     said = ' '.join(str((detail.get('message') if isinstance(detail, dict) else None) or getattr(e, 'message', '') or e).split())
