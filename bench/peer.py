@@ -3,7 +3,7 @@
 `rlms` also imports as `rlm`, so it can never share an environment with this library. `peer_python` finds or makes that
 environment, for the parent; `peer_answer` is one run of `rlms` with a scripted client, for the process inside it.
 """
-import asyncio, os, subprocess, sys, venv
+import asyncio, os, shutil, subprocess, sys, venv
 from pathlib import Path
 
 VERSION = '0.1.3'
@@ -23,15 +23,16 @@ def venv_dir():
 def peer_python(path=None):
     "An interpreter that has rlms: `path`, or one in the user's cache, which is made where it is missing."
     if path:
-        if installed(path) is None: sys.exit(f'{path} is no Python interpreter with rlms in it')
-        return path
+        found = shutil.which(path)
+        if not found or not installed(found): sys.exit(f'{path} is no Python interpreter with rlms in it')
+        return os.path.abspath(found) # Not resolved: a link in a virtual environment is what makes it one
     root = venv_dir()
     python = str(root/('Scripts/python.exe' if os.name == 'nt' else 'bin/python'))
     if installed(python) == VERSION: return python
     print(f'Installing rlms {VERSION} into {root.parent.name}/{root.name} of the cache directory ...', file=sys.stderr)
     try:
         venv.create(root, clear=True, with_pip=True)
-        subprocess.run([python, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', f'rlms=={VERSION}'], check=True)
+        subprocess.run([python, '-m', 'pip', 'install', '-qq', '--disable-pip-version-check', f'rlms=={VERSION}'], check=True)
     except (OSError, subprocess.CalledProcessError) as e:
         sys.exit(f'Could not install rlms ({e}); give an interpreter that has it with --peer-python')
     return python

@@ -215,38 +215,41 @@ _py_langs = ('repl', 'python', 'py')
 
 def _closes(line, mark): s = line.strip(); return len(s) >= len(mark) and not s.strip(mark[0])
 
-def _string_open(code): # Is the end of `code` inside a triple-quoted string?
-    if '"""' not in code and "'''" not in code: return False
+def _open_string(code): # The quotes of a triple-quoted string that `code` opens and does not close, or None
+    if '"""' not in code and "'''" not in code: return
     try: ast.parse(code)
-    except SyntaxError as e: return 'unterminated triple-quoted' in str(e.msg)
+    except SyntaxError as e:
+        if 'unterminated triple-quoted' in str(e.msg): return re.search('"""|\'\'\'', '\n'.join(code.split('\n')[e.lineno-1:])[e.offset-1:])[0]
     except (ValueError, MemoryError, RecursionError): pass
-    return False
 
 def _dedent(line, n): return line[min(n, len(line) - len(line.lstrip(' \t'))):]
 
-# %% ../nbs/00_rlmpaper_compat.ipynb #eb425c06
+# %% ../nbs/00_rlmpaper_compat.ipynb #b7ccde7a
+def _block_end(lines, i, mark, code, budget): # Index of the line that closes a block whose body starts at line `i`, or None
+    first, j = None, i
+    while j < len(lines):
+        if not _closes(lines[j], mark): j += 1; continue
+        first = j if first is None else first
+        body = '\n'.join(lines[i:j])
+        budget[0] -= len(body) # Bounds the time that is spent on parsing, whatever the text
+        quotes = _open_string(body) if code and budget[0] > 0 else None
+        if quotes is None: return j
+        j = next((k + 1 for k in range(j, len(lines)) if quotes in lines[k]), len(lines))
+    return first
+
 @functools.lru_cache(8) # A turn asks several times about the same reply
 def _fences(text):
     raw = text.split('\n'); lines = [o.rstrip('\r') for o in raw]
     starts = [0]
     for o in raw: starts.append(starts[-1] + len(o) + 1)
-    res, i, tries = [], 0, 100
+    res, i, budget = [], 0, [100_000 + 4 * len(text)]
     while i < len(lines):
         m = _opening.match(lines[i])
         if not m: i += 1; continue
-        indent, mark = len(m[1]), m[2] or m[4]
         word = re.match(r'[\s{.]*([\w+#-]*)', m[3] or m[5] or '')[1].lower()
-        end, first = i + 1, None
-        while end < len(lines):
-            if _closes(lines[end], mark):
-                code = '\n'.join(_dedent(o, indent) for o in lines[i+1:end])
-                if first is None: first = end, code
-                if word not in _py_langs or not tries or not _string_open(code): break
-                tries -= 1
-            end += 1
-        closed = end < len(lines)
-        if not closed and first: closed, (end, code) = True, first
-        if not closed: code = '\n'.join(_dedent(o, indent) for o in lines[i+1:])
+        end = _block_end(lines, i + 1, m[2] or m[4], word in _py_langs, budget)
+        closed, end = end is not None, len(lines) if end is None else end
+        code = '\n'.join(_dedent(o, len(m[1])) for o in lines[i+1:end])
         res.append(Fence(word, code, starts[i], min(starts[min(end + 1, len(lines))], len(text)), closed))
         i = end + 1
     return res
@@ -592,7 +595,7 @@ def format_iteration(
     "A turn as the model will see it from the next turn on."
     n, parts = max_character_length or protocol.observe_chars, []
     for i,b in enumerate(iteration.code_blocks):
-        head = f'Output of block {i+1}:' if len(iteration.code_blocks) > 1 else 'REPL output:'
+        head = f'REPL output of block {i+1}:' if len(iteration.code_blocks) > 1 else 'REPL output:'
         body = protocol.observe(b.result, n)
         if not b.result.stdout and not b.result.stderr: body += '\n(Nothing was printed. Use print() to see a value.)'
         parts.append('\n'.join([head, body, *b.result.notes]))

@@ -96,7 +96,9 @@ class Ledger:
         if self.up: self.up.add(reply)
     def check(self):
         "Raise if a limit of the tree is reached."
-        u, l = self.root.usage().total, self.limits
+        l = self.limits
+        if l.max_tokens is None and l.max_cost is None: return
+        u = self.root.usage().total
         if l.max_tokens is not None and u.total_tokens >= l.max_tokens: raise LimitExceeded('max_tokens', l.max_tokens, u.total_tokens)
         if l.max_cost is not None and (u.total_cost or 0) >= l.max_cost: raise LimitExceeded('max_cost', l.max_cost, u.total_cost)
     def _count(self, what, limit): # One more of `what` in the tree, if it may be

@@ -12,6 +12,7 @@ import asyncio, copy, functools, importlib.util, inspect, json, os, random, re, 
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from ._rlmpaper_compat import ModelUsageSummary
 from .repl import outside_block
 
@@ -89,22 +90,39 @@ async def on_loop(
     "Run `coro` on the background loop and await it from any other loop; cancelling the one cancels the other."
     return await asyncio.wrap_future(_schedule(coro))
 
+_idle = [] # Queues of threads that wait for work
+
+def _serve(jobs): # What such a thread does
+    while True:
+        fut, f, args = jobs.get()
+        res = err = None
+        if fut.set_running_or_notify_cancel():
+            try: res = f(*args)
+            except StopIteration as e: err = RuntimeError(f'{f!r} raised {e!r}') # A future cannot hold it
+            except BaseException as e: err = e
+            _idle.append(jobs) # Before the result is there, so that the next call finds it
+            fut.set_exception(err) if err else fut.set_result(res)
+        else: _idle.append(jobs)
+        del fut, f, args, res, err # An idle thread holds on to nothing
+
 async def in_thread(
     f:Callable, # A function that may block
     *args, # For it
 ): # Its result
-    "Run `f` on a daemon thread of its own. The default executor has few threads, and its threads hold up the exit of the process."
+    "Run `f` on a daemon thread of its own; idle ones are used again. The default executor has few threads, and they hold up the exit of the process."
     fut = Future()
-    def work():
-        try: fut.set_result(f(*args))
-        except BaseException as e: fut.set_exception(e)
-    threading.Thread(target=work, daemon=True, name='rlm-call').start()
+    try: jobs = _idle.pop()
+    except IndexError:
+        jobs = SimpleQueue()
+        with outside_block(): threading.Thread(target=_serve, args=[jobs], daemon=True, name='rlm-call').start()
+    jobs.put((fut, f, args))
     return await asyncio.wrap_future(fut)
 
 # %% ../nbs/02_lm.ipynb #1cbd1d94
 def _after_fork(): # A forked child has no copy of the loop's thread: begin anew
     global _loop, _loop_lock
     _loop, _loop_lock = None, threading.Lock()
+    _idle.clear()
     _client.cache_clear()
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
 
@@ -244,10 +262,11 @@ def _pause(e, n): # Seconds to wait before another try after `n`; None where tha
 def _block(text, cached=False): # A text block as the Messages API has it; empty text is refused there
     return dict(type='text', text=text if text.strip() else '.') | (dict(cache_control={'type': 'ephemeral'}) if cached else {})
 
-def _payload(msgs, cache): # Our messages -> (system blocks, messages), with breakpoints after the system prompt and the last message
+def _payload(msgs, cache): # Our messages -> (system blocks, messages), with the breakpoints of the prompt cache
     sp = [_block(m['content'], cache) for m in msgs if m['role'] == 'system']
     rest = [m for m in msgs if m['role'] != 'system']
-    return sp, [dict(role=m['role'], content=[_block(m['content'], cache and i == len(rest) - 1)]) for i,m in enumerate(rest)]
+    mark = 0 if len(rest) == 3 else len(rest) - 1
+    return sp, [dict(role=m['role'], content=[_block(m['content'], cache and i == mark)]) for i,m in enumerate(rest)]
 
 # %% ../nbs/02_lm.ipynb #9866249e
 def _usage(lm, u): # The provider's usage -> ours

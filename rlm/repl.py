@@ -322,7 +322,7 @@ class CodeThread:
     ):
         "Raise `exc` in the thread while it works on `fut`."
         with self.lock:
-            if self.fut and fut in (None, self.fut): ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(exc))
+            if self.thread and self.fut and fut in (None, self.fut): ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(exc))
     def close(self):
         "End the thread once it is idle; the next job starts a new one."
         if self.thread: self.jobs.put((None, None))
@@ -344,7 +344,7 @@ def _on_thread(block, job, timeout, thread): # Run `job` on a CodeThread; return
         thread.close(); block.open = False
         return BlockTimeout(f'time was up after {timeout:g} s, and the code could not be ended: its thread is still there')
     err = fut.exception()
-    if isinstance(err, BlockTimeout): return BlockTimeout(f'stopped after {timeout:g} s').with_traceback(err.__traceback__)
+    if isinstance(err, BlockTimeout) and timeout is not None: return BlockTimeout(f'stopped after {timeout:g} s').with_traceback(err.__traceback__)
     return err
 
 # %% ../nbs/01_repl.ipynb #6ed2ddaf
