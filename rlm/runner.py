@@ -429,15 +429,14 @@ class _Node(Run):
         self.backend, self.context, self.depth, self.most_blocks = backend, context, depth, most_blocks
         if isinstance(backend, DirectLMBackend): backend.engine = self
     def functions(self): b = self.backend; return _functions(b.query, b.query_batched, b.recursive_query, b.recursive_query_batched)
-    def emit(self, kind, phase='end', **data):
-        if (kind, phase) == ('turn', 'start'): self._may_go_on()
-        if (kind, phase) == ('block', 'end') and data['result'].final_answer is None:
-            data['result'].final_answer = printed_final(data['result'].stdout, self.ns, self.context)
-        super().emit(kind, phase, **data)
-    def _may_go_on(self):
-        if self.over: raise BlockTimeout('cancelled')
+    async def ask(self):
         n = sum(len(it.code_blocks) for it in self.t.iterations)
         if n >= self.most_blocks: raise LimitExceeded('max_iterations * env_max_iterations_multiplier', self.most_blocks, n)
+        return await super().ask()
+    def execute(self, step):
+        res = super().execute(step)
+        if res.final_answer is None: res.final_answer = printed_final(res.stdout, self.ns, self.context)
+        return res
 
 def _narrate(event): # For `verbose`
     if (event.kind, event.phase) != ('turn', 'end'): return
