@@ -137,7 +137,7 @@ class REPLResult:
     "What a block did."
     stdout: str = ''
     stderr: str = ''
-    locals: dict = field(default_factory=dict) # Name -> short summary, for each public variable
+    locals: dict = field(default_factory=dict) # Name -> short summary, for the newest public variables
     execution_time: float = 0. # Seconds
     llm_calls: list = field(default_factory=list) # RLMChatCompletion of each sub-call
     final_answer: str|None = None # The answer, where the block gave one
@@ -379,8 +379,7 @@ def format_execution_result(
     "A block's output as the model sees it."
     err = head_tail(result.stderr.strip('\n'), n * 3 // 4)
     out = head_tail(result.stdout.strip('\n'), max(n - len(err), n // 4))
-    names = [o for o in result.locals if not o.startswith('_')]
-    shown = ', '.join(names[:60]) + (f' and {len(names) - 60} more' if len(names) > 60 else '')
+    shown = ', '.join(o for o in result.locals if not o.startswith('_'))
     return '\n\n'.join(o for o in (out, err, shown and f'Variables: {shown}') if o) or 'No output'
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #a18b2653

@@ -8,8 +8,8 @@ __all__ = ['RunConfig', 'make_config', 'RLMResult', 'Event', 'SubcallError', 'Ru
            'llm_query_batched', 'rlm_query', 'rlm_query_batched', 'save_ns', 'load_ns', 'exec_code', 'Limits',
            'LimitExceeded', 'LMError', 'RLMError']
 
-# %% ../nbs/05_core.ipynb #fc78badc
-import asyncio, difflib, functools, inspect, json, pickle, threading, time, warnings
+# %% ../nbs/05_core.ipynb #34a26dad
+import asyncio, difflib, functools, inspect, json, keyword, pickle, threading, time, warnings
 from collections.abc import Callable, Iterable, MutableMapping
 from concurrent.futures import CancelledError, wait
 from contextlib import contextmanager
@@ -47,16 +47,17 @@ class RunConfig:
         tools = self.tools if self.sub_tools is None else self.sub_tools
         return replace(self, model=lm, max_iters=self.protocol.child_iters(self.max_iters), tools=tools, returns=None)
     def __post_init__(self):
-        if self.compaction is not None and not 0 < self.compaction <= 1:
-            raise ValueError(f'`compaction` is a share of the window between 0 and 1, not {self.compaction!r}')
-        for k in {**self.tools, **(self.sub_tools or {})}:
-            if k in SCAFFOLD or not str(k).isidentifier(): raise ValueError(f'a tool cannot be called {k!r}: ' +
-                ('the REPL has that name itself' if k in SCAFFOLD else 'it must be a name in Python'))
         if isinstance(self.limits, dict): object.__setattr__(self, 'limits', make_limits(**self.limits))
-        for name, kind in (('limits', Limits), ('protocol', Protocol)):
+        for name, kind in (('limits', Limits), ('protocol', Protocol)): # What follows relies on them
             if not isinstance(getattr(self, name), kind): raise TypeError(f'`{name}` must be a {kind.__name__}, not a {type(getattr(self, name)).__name__}')
         if isinstance(self.max_iters, bool) or not isinstance(self.max_iters, int) or self.max_iters < 1:
             raise ValueError(f'`max_iters` must be a positive whole number, not {self.max_iters!r}')
+        if self.compaction is not None and not 0 < self.compaction <= 1:
+            raise ValueError(f'`compaction` is a share of the window between 0 and 1, not {self.compaction!r}')
+        taken = {*SCAFFOLD, self.protocol.context_name, self.protocol.final_name}
+        for k in {**self.tools, **(self.sub_tools or {})}:
+            if k in taken or str(k).startswith('__'): raise ValueError(f'a tool cannot be called {k!r}: the REPL has that name itself')
+            if not str(k).isidentifier() or keyword.iskeyword(k): raise ValueError(f'a tool cannot be called {k!r}: it must be a name in Python')
 
 def make_config(
     **options, # Fields of RunConfig
@@ -240,10 +241,11 @@ def _run_child(run, call, lm, thread): # Fill in one call by a child run
         run.ledger.start_child()
         child = Run(run.cfg.for_child(lm), _new_ns(run.ns), run)
         run.live[child] = thread
-        try: res = finish(child, preview(call.prompt), call.prompt, shown=len(call.prompt) <= 2000)
-        finally: run.live.pop(child)
-        call.usage_summary = res.usage
-        run.children.append(res)
+        try: finish(child, preview(call.prompt), call.prompt, shown=len(call.prompt) <= 2000)
+        finally:
+            run.live.pop(child)
+            if child.result: run.children.append(child.result); call.usage_summary = child.result.usage
+        res = child.result
         if res.answer is None: raise RLMError(f'child timeout after {res.seconds:.1f}s' if res.stop == 'timeout'
             else f'the child gave no answer ({res.limit or res.stop})')
         call.response = res.answer
@@ -301,32 +303,35 @@ def describe_tool(
     return f'`{name}{sig}`: {" ".join((inspect.getdoc(o) or "a function").split())}'
 
 def _as_tool(run, o): # What is bound in the namespace for it
-    if not inspect.iscoroutinefunction(o): return o
+    if not any(map(inspect.iscoroutinefunction, (o, getattr(o, '__call__', None)))): return o
     return functools.wraps(o)(lambda *args, **kwargs: run_here(run, o(*args, **kwargs)))
 
-# %% ../nbs/05_core.ipynb #2a20152e
+# %% ../nbs/05_core.ipynb #03811f77
+def _in_words(e): # What a validation found, place by place
+    errors = e.errors()[:5] if hasattr(e, 'errors') else [dict(loc=(), msg=f'{type(e).__name__}: {e}')]
+    return '; '.join(f'{".".join(map(str, o["loc"])) or "it"}: {o["msg"]}' for o in errors)
+
 class TypedAnswer:
     "Checks an answer against a type."
     def __init__(self,
         type_, # Type, or pydantic model
     ):
-        from pydantic import TypeAdapter
-        self.adapter = TypeAdapter(type_)
-        self.is_str = type_ is str
-        self.words = f'The answer must be JSON, or a variable, that fits this schema: {json.dumps(self.adapter.json_schema())}'
+        from pydantic import PydanticUserError, TypeAdapter
+        try:
+            self.adapter, self.is_str = TypeAdapter(type_), type_ is str
+            self.words = f'The answer must be JSON, or a variable, that fits this schema: {json.dumps(self.adapter.json_schema())}'
+        except (PydanticUserError, SyntaxError, TypeError, ValueError) as e:
+            raise TypeError(f'`returns` must be a type that pydantic can check and describe, not {type_!r}') from e
     def __call__(self,
         answer:FinalAnswer, # What the model gave
     )->FinalAnswer: # With the object as its value
         "The answer as an object, or a ValueError that says what is wrong."
-        from pydantic import ValidationError
-        value = answer.value if isinstance(answer, FinalAnswer) else answer
+        value, error = answer.value if isinstance(answer, FinalAnswer) else answer, None
         tries = [self.adapter.validate_python] if self.is_str or not isinstance(value, str) else [self.adapter.validate_json, self.adapter.validate_python]
-        error = None
         for f in tries:
             try: return FinalAnswer(f(value), str(answer))
-            except ValidationError as e: error = e if error is None or error.errors()[0]['type'] == 'json_invalid' else error
-        wrong = '; '.join(f'{".".join(map(str, o["loc"])) or "it"}: {o["msg"]}' for o in error.errors()[:5])
-        raise ValueError(f'The answer does not fit its type. {wrong}. Give it again.')
+            except Exception as e: error = e if error is None or 'json_invalid' in str(error) else error # A validator of the caller's may raise anything
+        raise ValueError(f'The answer does not fit its type. {_in_words(error)}. Give it again.') from error
 
 # %% ../nbs/05_core.ipynb #4e6ae300
 def _earlier(n, name, scaffold): # What a persistent namespace holds from earlier questions, in words
@@ -336,7 +341,7 @@ def _earlier(n, name, scaffold): # What a persistent namespace holds from earlie
     return f'{text} The REPL also holds {", ".join(mine[:40])}.'.strip() if mine else text
 
 def _prepare(run, query, context, shown): # Bind everything, and begin the trajectory
-    p, ns, typed = run.cfg.protocol, run.ns, run.cfg.returns and TypedAnswer(run.cfg.returns)
+    p, ns, typed = run.cfg.protocol, run.ns, None if run.cfg.returns is None else TypedAnswer(run.cfg.returns)
     before = ns.get('__rlm__')
     history = before.bound.get('history', []) if isinstance(before, Scaffold) else []
     tools = {k: _as_tool(run, v) for k,v in run.cfg.tools.items()}

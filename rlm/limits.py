@@ -100,7 +100,8 @@ class Ledger:
         if l.max_tokens is None and l.max_cost is None: return
         u = self.root.usage().total
         if l.max_tokens is not None and u.total_tokens >= l.max_tokens: raise LimitExceeded('max_tokens', l.max_tokens, u.total_tokens)
-        if l.max_cost is not None and (u.total_cost or 0) >= l.max_cost: raise LimitExceeded('max_cost', l.max_cost, u.total_cost)
+        cost = 'an unknown cost' if u.total_cost is None else u.total_cost # A reply that does not say what it cost
+        if l.max_cost is not None and (u.total_cost is None or cost >= l.max_cost): raise LimitExceeded('max_cost', l.max_cost, cost)
     def _count(self, what, limit): # One more of `what` in the tree, if it may be
         root, most = self.root, getattr(self.limits, limit)
         with root.lock:

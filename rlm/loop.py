@@ -103,7 +103,7 @@ def _last_call(t): # Ask for what there is
     it = yield from _reply(t)
     answer = yield from _from_text(t, it)
     if answer is None: answer = yield from _draft(t)
-    if answer is None and it.response.strip() and not find_fences(it.response): answer = FinalAnswer(it.response.strip())
+    if answer is None and it.response.strip() and not find_fences(it.response) and not parse_final(it.response): answer = FinalAnswer(it.response.strip())
     if answer is not None:
         try: it.final_answer = t.accept(answer)
         except ValueError as e: it.notes.append(str(e))
