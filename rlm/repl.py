@@ -15,7 +15,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from ._rlmpaper_compat import FinalAnswer, REPLResult, head_tail
+from ._rlmpaper_compat import FinalAnswer, REPLResult, head_tail, type_module, type_name
 
 # %% ../nbs/01_repl.ipynb #3a76b0a5
 class CappedText:
@@ -91,7 +91,7 @@ def _start_with_context(self, _start=threading.Thread.start):
         def run_in_context():
             try: ctx.run(run)
             except SystemExit: pass
-            except BaseException: ctx.run(threading.excepthook, threading.ExceptHookArgs((*sys.exc_info(), self)))
+            except BaseException as e: ctx.run(print, f'Exception in thread {self.name}:\n{describe_error(e)[0]}', end='', file=sys.stderr)
         self.run = run_in_context
     return _start(self)
 
@@ -104,28 +104,27 @@ def _install(): # Idempotent, and again after somebody else replaced a stream; r
     if threading.Thread.start is not _start_with_context: threading.Thread.start = _start_with_context
     return [getattr(sys, name) for name in _streams]
 
-# %% ../nbs/01_repl.ipynb #acf8b0d2
-_type_name, _type_module = (type.__dict__[k].__get__ for k in ('__name__', '__module__')) # A metaclass cannot answer for these
+# %% ../nbs/01_repl.ipynb #9ce0c348
 _kinds = {id(t): kind for kind, ts in dict(value=(bool, float), sized=(bytes, bytearray, list, tuple, dict, set, frozenset, deque),
     function=(FunctionType, BuiltinFunctionType)).items() for t in ts} # By id: `in` would call a metaclass's `__eq__`
 
 def _shape(o, t): # The shape of an array or a table, if its type really is of one of these libraries
-    try: root = str(_type_module(t)).partition('.')[0]
+    try: root = str(type_module(t)).partition('.')[0]
     except AttributeError: return '' # Some types have none
-    known = root in ('numpy', 'pandas', 'polars', 'torch') and getattr(sys.modules.get(root), _type_name(t), None) is t
+    known = root in ('numpy', 'pandas', 'polars', 'torch') and getattr(sys.modules.get(root), type_name(t), None) is t
     return f', shape {tuple(o.shape)}' if known and hasattr(o, 'shape') else ''
 
 def summarize(
     o, # Any object
 )->str: # Type, size, and the value where it is short
     "One line on `o`; none of its own code runs."
-    t = type(o); name, kind = head_tail(_type_name(t), 100), _kinds.get(id(t))
+    t = type(o); name, kind = head_tail(type_name(t), 100), _kinds.get(id(t))
     if t is str: return f'str {o!r}' if len(o) <= 60 else f'str, {len(o):,} characters'
     if kind == 'value' or t is int and o.bit_length() < 200: return f'{name} {o!r}'
     if kind == 'sized': return f'{name}, {len(o):,} items'
     if kind == 'function': return f'function {head_tail(o.__name__, 100)}'
     if t is ModuleType: return f'module {head_tail(n, 100)}' if type(n := o.__dict__.get('__name__')) is str else 'module'
-    if issubclass(t, type): return f'class {head_tail(_type_name(o), 100)}'
+    if issubclass(t, type): return f'class {head_tail(type_name(o), 100)}'
     return name + _shape(o, t)
 
 def summarize_ns(
@@ -213,7 +212,7 @@ def _json_final(scaffold, notes): # The answer in the variable `final_name`
     try: return FinalAnswer(value, value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False))
     except (KeyboardInterrupt, BlockTimeout): raise
     except BaseException: # A dict or a str of the code's own making may raise anything
-        notes.append(f'`{name}` must be something that JSON can hold, and not a {_type_name(type(value))}. Set it again.')
+        notes.append(f'`{name}` must be something that JSON can hold, and not a {type_name(type(value))}. Set it again.')
 
 def begin(
     scaffold:Scaffold, # Of the namespace that a block is to run in
@@ -287,14 +286,15 @@ def describe_error(
     e:BaseException, # What a block raised
 )->tuple[str,str]: # (traceback with the block's own lines, `Type: message`)
     "An exception as the model sees it."
-    name = _type_name(type(e))
-    try:
+    name = type_name(type(e))
+    try: # An exception that the code made may have anything for its text, its notes or its line
         te = traceback.TracebackException(type(e), e, e.__traceback__, compact=True)
         _strip(te)
         said = str(getattr(te, 'msg', None) or te)
-        return ''.join(te.format()), f'{name}: {said}' if said else name
-    except Exception as odd: # An exception that the code made may have anything for its text, its notes or its line
-        return f'{name} (its description failed: {_type_name(type(odd))})\n', name
+        last = f'{name}: {said}' if said else name
+    except Exception: return f'{name}\n', name
+    try: return ''.join(te.format()), last
+    except Exception: return f'{last}\n', last
 
 # %% ../nbs/01_repl.ipynb #b997a3fb
 grace = 2. # Seconds that a block has to end after it was interrupted
