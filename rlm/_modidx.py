@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                         'rlm.lm._n_args': ('lm.html#_n_args', 'rlm/lm.py'),
                         'rlm.lm._pause': ('lm.html#_pause', 'rlm/lm.py'),
                         'rlm.lm._payload': ('lm.html#_payload', 'rlm/lm.py'),
+                        'rlm.lm._pays': ('lm.html#_pays', 'rlm/lm.py'),
                         'rlm.lm._schedule': ('lm.html#_schedule', 'rlm/lm.py'),
                         'rlm.lm._send': ('lm.html#_send', 'rlm/lm.py'),
                         'rlm.lm._serve': ('lm.html#_serve', 'rlm/lm.py'),

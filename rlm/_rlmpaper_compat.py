@@ -472,6 +472,19 @@ report = llm_query("From these notes, say in two sentences what became of the ha
 print(report)
 ```
 
+If the context is a collection, keep track of which reply belongs to which piece, and count with code:
+```repl
+from collections import Counter
+docs = context if isinstance(context, dict) else dict(enumerate(context))
+ask = "Does this report mention a broken part? Reply with the name of the part alone, or NONE.\\n\\n"
+replies = dict(zip(docs, llm_query_batched([ask + str(d) for d in docs.values()])))
+failed = [k for k, r in replies.items() if r.startswith("Error")]
+parts = {k: r.strip().lower() for k, r in replies.items() if k not in failed and r.strip() != "NONE"}
+print(len(docs), "read,", len(failed), "failed,", len(parts), "with a part")
+print(Counter(parts.values()).most_common(20))
+```
+A reply that begins with `Error` stands for a call that failed; ask again for those alone. Before you send a large batch, try the question on two or three pieces and read the replies: a vague question costs the same and has to be asked twice. Many small pieces fit into one prompt, so do not spend a call on each line. What a regular expression, a sort or a sum can settle needs no call at all, and what only reading can settle should not be guessed from key words.
+
 Say in a sentence what you are about to do, then write the block. Do the work in this turn instead of describing it.'''
 
 _final_text = '''When you are done, end with one of these on a line of its own, outside any block:

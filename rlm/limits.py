@@ -140,12 +140,12 @@ async def metered(
     try:
         async with asyncio.timeout(clock.left()), root.places:
             ledger.start_call()
-            reply = await lm(msgs, cache=cache)
+            try: reply = await lm(msgs, cache=cache)
+            except (LMError, asyncio.CancelledError) as e: # Failed tries may have cost something
+                if getattr(e, 'usage', None) is not None: ledger.add(Reply('', e.usage, model=lm.name))
+                raise
     except TimeoutError:
         clock.check()
-        raise
-    except LMError as e: # Failed tries may have cost something
-        if e.usage is not None: ledger.add(Reply('', e.usage, model=lm.name))
         raise
     ledger.add(reply)
     return reply

@@ -262,10 +262,14 @@ def _pause(e, n): # Seconds to wait before another try after `n`; None where tha
 def _block(text, cached=False): # A text block as the Messages API has it; empty text is refused there
     return dict(type='text', text=text if text.strip() else '.') | (dict(cache_control={'type': 'ephemeral'}) if cached else {})
 
+def _pays(msgs): # At the second turn: is a write made good by what the first turn's write saves, even if no turn follows?
+    *first, reply, new = [len(m['content']) for m in msgs]
+    return sum(first) >= 4800 and reply + new <= 2.6 * sum(first) # Prefixes under about 1,100 tokens are never kept
+
 def _payload(msgs, cache): # Our messages -> (system blocks, messages), with the breakpoints of the prompt cache
     sp = [_block(m['content'], cache) for m in msgs if m['role'] == 'system']
     rest = [m for m in msgs if m['role'] != 'system']
-    mark = 0 if len(rest) == 3 else len(rest) - 1
+    mark = 0 if len(rest) == 3 and not _pays(msgs) else len(rest) - 1
     return sp, [dict(role=m['role'], content=[_block(m['content'], cache and i == mark)]) for i,m in enumerate(rest)]
 
 # %% ../nbs/02_lm.ipynb #9866249e
@@ -278,7 +282,11 @@ async def _stream(client, msgs, sp, args): # As claudette's call with `stream=Tr
         try:
             res = await s.get_final_message()
             if res.stop_reason is None: raise _BrokenReply('the stream ended early')
-        except Exception as e: e.used = s.current_message_snapshot.usage; raise
+        except Exception as e:
+            try: e.used = s.current_message_snapshot.usage
+            except AssertionError: # Nothing of the message had come
+                if isinstance(e, AssertionError): raise _BrokenReply('the stream ended before it began') from e
+            raise e
     return res
 
 async def _send(lm, msgs, cache): # One try; returns the provider's message
@@ -289,15 +297,15 @@ async def _send(lm, msgs, cache): # One try; returns the provider's message
 
 async def _call(lm, msgs, cache): # All tries; returns the message and what the failed ones had used
     lost = Usage()
-    for n in range(lm.retries + 1):
-        try: return await _send(lm, msgs, cache), lost
-        except Exception as e:
-            if hasattr(e, 'used'): lost += _usage(lm, e.used)
-            pause = _pause(e, n) if n < lm.retries else None
-            if pause is None:
-                err = _translate(e, lm); err.usage = lost
-                raise err from e
-        await asyncio.sleep(pause)
+    try:
+        for n in range(lm.retries + 1):
+            try: return await _send(lm, msgs, cache), lost
+            except Exception as e:
+                if hasattr(e, 'used'): lost += _usage(lm, e.used)
+                pause = _pause(e, n) if n < lm.retries else None
+                if pause is None: raise _translate(e, lm) from e
+            await asyncio.sleep(pause)
+    except (LMError, asyncio.CancelledError) as e: e.usage = lost; raise
 
 class ClaudetteLM(LM):
     "A model behind the Messages API: Claude, or any server that speaks it."

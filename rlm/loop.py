@@ -41,6 +41,7 @@ class Trajectory:
     answer: FinalAnswer|None = None
     stop: str|None = None # Why it ended; None while it goes on
     limit: LimitExceeded|None = None # The limit that ended it
+    cut: bool = False # True where the last reply was cut off
     sent: int = 0 # Messages that an earlier turn has recorded
 
 # %% ../nbs/04_loop.ipynb #9818b89b
@@ -50,7 +51,8 @@ def _named(t, it, kind, body): # Does FINAL's body name a variable that a block 
     if made: it.notes.append(f'FINAL({body}) was taken as FINAL_VAR({body}), since {body} is a variable.')
     return made
 
-def _from_text(t, it): # The answer that the reply's text declares
+def _from_text(t, it): # The answer that the reply's text declares; half an answer is none
+    if t.cut: return
     kind, body = parse_final(it.response) or (None, None)
     if kind is None: return
     if not _named(t, it, kind, body): return FinalAnswer(body)
@@ -74,7 +76,8 @@ def _reply(t): # Ask, and begin an iteration with the reply
     t0 = time.perf_counter()
     reply = yield Ask(t.msgs)
     it = RLMIteration(t.msgs[t.sent:], reply.text, iteration_time=time.perf_counter() - t0, usage=UsageSummary({reply.model: reply.usage}))
-    if reply.stop_reason == 'max_tokens': it.notes.append('Your reply was cut off at its greatest length. Write less at a time.')
+    t.cut = reply.stop_reason == 'max_tokens'
+    if t.cut: it.notes.append('Your reply was cut off at its greatest length. Write less at a time.')
     t.iterations.append(it)
     t.sent = len(t.msgs) + 1 # The reply itself will stand at this place
     return it
@@ -103,7 +106,7 @@ def _last_call(t): # Ask for what there is
     it = yield from _reply(t)
     answer = yield from _from_text(t, it)
     if answer is None: answer = yield from _draft(t)
-    if answer is None and it.response.strip() and not find_fences(it.response) and not parse_final(it.response): answer = FinalAnswer(it.response.strip())
+    if answer is None and it.response.strip() and not find_fences(it.response) and 'FINAL' not in it.response: answer = FinalAnswer(it.response.strip())
     if answer is not None:
         try: it.final_answer = t.accept(answer)
         except ValueError as e: it.notes.append(str(e))
