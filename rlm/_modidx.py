@@ -199,6 +199,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'rlm.repl.CodeThread._work': ('repl.html#codethread._work', 'rlm/repl.py'),
                           'rlm.repl.CodeThread.close': ('repl.html#codethread.close', 'rlm/repl.py'),
                           'rlm.repl.CodeThread.interrupt': ('repl.html#codethread.interrupt', 'rlm/repl.py'),
+                          'rlm.repl.CodeThread.leave': ('repl.html#codethread.leave', 'rlm/repl.py'),
                           'rlm.repl.CodeThread.submit': ('repl.html#codethread.submit', 'rlm/repl.py'),
                           'rlm.repl.Scaffold': ('repl.html#scaffold', 'rlm/repl.py'),
                           'rlm.repl.Scaffold.FINAL': ('repl.html#scaffold.final', 'rlm/repl.py'),

@@ -223,6 +223,7 @@ def begin(
 
 def _restore(scaffold, notes): # Put back what the code overwrote; a dict in the place of `answer` may be one
     ns, lost, given = scaffold.ns, [], None
+    if not scaffold.active: return # The run is over, and the names are the caller's again
     for k,v in {**scaffold.bound, '__rlm__': scaffold}.items():
         now = ns.get(k)
         if now is v: continue
@@ -330,7 +331,7 @@ def _on_main(block, job, timeout): # Run `job` on the main thread; returns (exce
 # %% ../nbs/01_repl.ipynb #c92adef3
 class CodeThread:
     "A daemon thread that runs one job at a time. It can be interrupted, and a job that never ends can be left behind."
-    def __init__(self): self.jobs, self.lock, self.fut, self.thread = SimpleQueue(), threading.Lock(), None, None
+    def __init__(self): self.jobs, self.lock, self.fut, self.thread, self.over = SimpleQueue(), threading.Lock(), None, None, False
     def submit(self,
         job, # Function without arguments
     )->Future: # Its result
@@ -340,6 +341,7 @@ class CodeThread:
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, args=[self.jobs], daemon=True, name='rlm-code')
             with outside_block(): self.thread.start()
+        if self.over: self.leave()
         return fut
     def _work(self, jobs):
         while True:
@@ -361,10 +363,14 @@ class CodeThread:
         "Raise `exc` in the thread while it works on `fut`."
         with self.lock:
             if self.thread and self.fut and fut in (None, self.fut): ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(exc))
-    def close(self):
-        "End the thread once it is idle; the next job starts a new one."
+    def leave(self):
+        "Let the thread end by itself once it is idle; the next job has a new one."
         if self.thread: self.jobs.put((None, None))
         self.jobs, self.thread = SimpleQueue(), None
+    def close(self):
+        "End the thread once it is idle. A job that comes all the same has a thread that ends after it."
+        self.over = True
+        self.leave()
 
 # %% ../nbs/01_repl.ipynb #a4c167a4
 def _on_thread(block, job, timeout, thread): # Run `job` on a CodeThread; returns its exception or None
@@ -379,7 +385,7 @@ def _on_thread(block, job, timeout, thread): # Run `job` on a CodeThread; return
         thread.interrupt(fut)
         raise
     if not fut.done():
-        thread.close(); block.open = False
+        thread.leave(); block.open = False
         return BlockTimeout(f'time was up after {timeout:g} s, and the code could not be ended: its thread is still there')
     err = fut.exception()
     if isinstance(err, BlockTimeout) and timeout is not None: return BlockTimeout(f'stopped after {timeout:g} s').with_traceback(err.__traceback__)
