@@ -143,7 +143,9 @@ class Run:
         if f is None: return
         with outside_block():
             try: f(*args)
-            except Exception as e: warnings.warn(f'{name} raised {type(e).__name__}: {e}')
+            except BaseException as e:
+                if isinstance(e, KeyboardInterrupt) and threading.current_thread() is threading.main_thread(): raise # A real one
+                warnings.warn(f'{name} raised {type(e).__name__}: {e}')
     def emit(self, kind, phase='end', **data):
         if self.cfg.on_event: self.tell('on_event', Event(kind, phase, self.depth, data))
     def cancel(self):

@@ -61,8 +61,14 @@ def _get_loop(): # The loop, on its own thread
             with outside_block(): threading.Thread(target=_loop.run_forever, daemon=True, name='rlm-loop').start()
         return _loop
 
+class _Escaped(Exception): "What would end the loop, on its way to the thread that waits: the cause."
+
+async def _contained(coro): # asyncio lets these two end the loop, and with it all other runs
+    try: return await coro
+    except (KeyboardInterrupt, SystemExit) as e: raise _Escaped from e
+
 def _schedule(coro): # A concurrent future for `coro` on the loop; what it prints is not the block's
-    with outside_block(): return asyncio.run_coroutine_threadsafe(coro, _get_loop())
+    with outside_block(): return asyncio.run_coroutine_threadsafe(_contained(coro), _get_loop())
 
 def run_sync(
     coro, # Coroutine
@@ -82,13 +88,15 @@ def run_sync(
             try: return fut.result(.2)
             except TimeoutError:
                 if fut.done(): raise
+    except _Escaped as e: raise e.__cause__ from None
     except BaseException: fut.cancel(); raise
 
 async def on_loop(
     coro, # Coroutine
 ): # Its result
     "Run `coro` on the background loop and await it from any other loop; cancelling the one cancels the other."
-    return await asyncio.wrap_future(_schedule(coro))
+    try: return await asyncio.wrap_future(_schedule(coro))
+    except _Escaped as e: raise e.__cause__ from None
 
 _idle = [] # Queues of threads that wait for work
 
@@ -170,8 +178,9 @@ class FnLM(LM):
     async def ask(self, msgs, cache=False):
         args = (msgs, self.model)[:self.n]
         try: res = await self.f(*args) if self.is_async else await in_thread(self.f, *args)
-        except RLMError: raise
-        except Exception as e: raise LMError(f'the model function {self.name!r} failed ({type(e).__name__}: {e})') from e
+        except (RLMError, asyncio.CancelledError): raise
+        except BaseException as e: raise LMError( # A SystemExit too: it would end the loop that all runs share
+            f'the model function {self.name!r} failed ({type(e).__name__}: {e})') from e
         if isinstance(res, Reply): return res
         if not isinstance(res, str): raise LMError(f'the model function {self.name!r} returned a {type(res).__name__}; it must return a str')
         chars = sum(len(m['content']) for m in msgs)

@@ -259,7 +259,7 @@ def _remember(code): # A file name under which tracebacks find the source; the l
 def _show(value, cap): # The repr of a last expression
     if value is None: return
     if type(value) in (str, bytes) and len(value) > 2 * cap: value = value[:cap] + value[-cap:]
-    print(repr(value))
+    sys.stdout.write(repr(value) + '\n')
 
 def _run(code, ns, cap): # Compile and run; raises what the code raises
     code = code.removeprefix('\ufeff')
