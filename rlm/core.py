@@ -138,6 +138,7 @@ class Run:
         self.thread = CodeThread() if own_thread or timed and off_main else None
         self.t, self.t0, self.over, self.result, self.children = None, time.perf_counter(), False, None, []
         self.flying, self.live = set(), {} # Calls under way; children under way, with their threads
+        self.late = [] # Calls during a block by threads that an earlier block had started
     def tell(self, name, *args): # Call a callback of the caller's; what it raises changes nothing here
         f = getattr(self.cfg, name)
         if f is None: return
@@ -167,7 +168,9 @@ class Run:
         left = self.clock.left()
         timeout = min((o for o in (self.limits.block_timeout, left and max(left, 1.)) if o is not None), default=None)
         self.emit('block', 'start', code=step.code)
+        self.late = []
         res = exec_code(step.code, self.ns, lang=step.lang, timeout=timeout, thread=self.thread)
+        res.llm_calls.extend(self.late)
         self.emit('block', code=step.code, result=res)
         return res
     def llm_query(self, prompt, model=None): return _only(_subcalls(self, [prompt], model, _ask_all))
@@ -200,7 +203,7 @@ def _subcalls(run, prompts, model, answer_all): # The replies to `prompts`
     with outside_block():
         lm = run.sub if model is None else run.sub.other(model)
         calls = [RLMChatCompletion(lm.name, o, '') for o in prompts]
-        if block is not None: block.calls.extend(calls)
+        (block.calls if block is not None and block.open else run.late).extend(calls)
         answer_all(run, calls, lm)
     n = run.limits.result_truncation_limit
     return [c.response if n is None or isinstance(c.response, SubcallError) else head_tail(c.response, n) for c in calls]
