@@ -148,7 +148,7 @@ def test_500_children_in_one_batch():
         res = ask(srv, limits=dict(max_concurrency=64))
         assert time.monotonic() - t0 < HANG
     assert res.value == [str([f'PIECE {i}'] * 2) for i in range(500)]
-    assert len(res.children) == 500 and numbers(res.usage) == numbers(srv.usage) and res.usage.total.total_calls == 1501
+    assert len(res.children) == 500 and numbers(res.usage) == numbers(srv.usage) and res.usage.total.total_calls >= 1501 # More where a connection was lost
     assert sum(o.usage.total.total_calls for o in res.children) == 1500
 
 def wait_for_threads(name, n=0):
