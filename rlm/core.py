@@ -52,6 +52,9 @@ class RunConfig:
             if not isinstance(getattr(self, name), kind): raise TypeError(f'`{name}` must be a {kind.__name__}, not a {type(getattr(self, name)).__name__}')
         if isinstance(self.max_iters, bool) or not isinstance(self.max_iters, int) or self.max_iters < 1:
             raise ValueError(f'`max_iters` must be a positive whole number, not {self.max_iters!r}')
+        for name, kind in (('tools', dict), ('sub_tools', dict), ('system_prompt', str), ('compaction', (int, float))):
+            v = getattr(self, name)
+            if v is not None and not isinstance(v, kind): raise TypeError(f'`{name}` cannot be a {type(v).__name__}: {v!r}')
         if self.compaction is not None and not 0 < self.compaction <= 1:
             raise ValueError(f'`compaction` is a share of the window between 0 and 1, not {self.compaction!r}')
         taken = {*SCAFFOLD, self.protocol.context_name, self.protocol.final_name}
@@ -287,8 +290,7 @@ def bind_context(
     "Put a context into `ns` without losing an earlier one."
     n = 0
     while f'{name}_{n}' in ns: n += 1
-    if context is None:
-        if name not in ns: raise ValueError(f'there is no context: pass one, or an `ns` that has `{name}` from an earlier run')
+    if context is None: pass
     elif name in ns and ns[name] is not context:
         if n == 0: ns[f'{name}_0'] = ns[name]; n = 1
         ns[f'{name}_{n}'] = ns[name] = context
@@ -347,13 +349,13 @@ def _earlier(n, name, scaffold): # What a persistent namespace holds from earlie
 
 def _prepare(run, query, context, shown): # Bind everything, and begin the trajectory
     p, ns, typed = run.cfg.protocol, run.ns, None if run.cfg.returns is None else TypedAnswer(run.cfg.returns)
+    if context is None and p.context_name not in ns: raise ValueError(f'there is no context: pass one, or an `ns` that has `{p.context_name}` from an earlier run')
     before = ns.get('__rlm__')
     history = before.bound.get('history', []) if isinstance(before, Scaffold) else []
     tools = {k: _as_tool(run, v) for k,v in run.cfg.tools.items()}
     scaffold = Scaffold(run.functions() | dict(history=history) | tools, p.final_name, keep_answer='answer' in p.promises)
     bind(ns, scaffold)
-    try: n = bind_context(ns, context, p.context_name)
-    except ValueError: unbind(ns); raise
+    n = bind_context(ns, context, p.context_name)
     names = [k for k in scaffold.bound if not (k.startswith('rlm_query') and not run.recursive or k == 'history' and not history)]
     msgs = build_rlm_system_prompt(QueryMetadata(ns[p.context_name]), p, names=names, system_prompt=run.cfg.system_prompt,
         max_iterations=run.cfg.max_iters, tools={k: describe_tool(k, v) for k,v in run.cfg.tools.items()},

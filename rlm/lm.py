@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from ._rlmpaper_compat import ModelUsageSummary
-from .repl import outside_block
+from .repl import describe_error, outside_block
 
 # %% ../nbs/02_lm.ipynb #67e67d7e
 Usage = ModelUsageSummary # What one call used, or many
@@ -179,9 +179,9 @@ class FnLM(LM):
         args = (msgs, self.model)[:self.n]
         try: res = await self.f(*args) if self.is_async else await in_thread(self.f, *args)
         except (RLMError, asyncio.CancelledError): raise
-        except BaseException as e: raise LMError( # A SystemExit too: it would end the loop that all runs share
-            f'the model function {self.name!r} failed ({type(e).__name__}: {e})') from e
-        if isinstance(res, Reply): return res
+        except BaseException as e: # A SystemExit too: it would end the loop that all runs share
+            raise LMError(f'the model function {self.name!r} failed ({" ".join(describe_error(e)[1].split())})') from e
+        if isinstance(res, Reply) and isinstance(res.text, str): return res
         if not isinstance(res, str): raise LMError(f'the model function {self.name!r} returned a {type(res).__name__}; it must return a str')
         chars = sum(len(m['content']) for m in msgs)
         return Reply(res, priced(self.price, -(-chars // 4), -(-len(res) // 4)), model=self.name)
