@@ -121,7 +121,7 @@ class UsageSummary(Record):
         return UsageSummary(both)
     def to_dict(self): return {'model_usage_summaries': {k: v.to_dict() for k,v in self.model_usage_summaries.items()}}
     @classmethod
-    def from_dict(cls, d): return cls({k: ModelUsageSummary.from_dict(v) for k,v in d['model_usage_summaries'].items()})
+    def from_dict(cls, d): return cls({k: ModelUsageSummary.from_dict(v) for k,v in d.get('model_usage_summaries', {}).items()})
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #9b7325e7
 @dataclass
@@ -134,14 +134,15 @@ class RLMChatCompletion(Record):
     execution_time: float = 0. # Seconds
     metadata: dict|None = None # A child's own trajectory
     error: str|None = None # `Type: message` where the call failed
+    stop_reason: str|None = None # `max_tokens` where the reply was cut
     def to_dict(self):
         d = dict(root_model=self.root_model, prompt=jsonable(self.prompt), response=self.response,
             usage_summary=self.usage_summary.to_dict(), execution_time=self.execution_time)
-        return d | {k: jsonable(v) for k in ('metadata', 'error') if (v := getattr(self, k)) is not None}
+        return d | {k: jsonable(v) for k in ('metadata', 'error', 'stop_reason') if (v := getattr(self, k)) is not None}
     @classmethod
     def from_dict(cls, d):
-        return cls(d['root_model'], d['prompt'], d['response'], UsageSummary.from_dict(d['usage_summary']),
-            d.get('execution_time', 0.), d.get('metadata'), d.get('error'))
+        return cls(d.get('root_model', ''), d['prompt'], d['response'], UsageSummary.from_dict(d.get('usage_summary') or {}),
+            d.get('execution_time', 0.), d.get('metadata'), d.get('error'), d.get('stop_reason'))
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #ba54d349
 @dataclass
@@ -162,7 +163,7 @@ class REPLResult(Record):
     @classmethod
     def from_dict(cls, d):
         calls = [RLMChatCompletion.from_dict(o) for o in d.get('rlm_calls', d.get('llm_calls', []))]
-        return cls(d['stdout'], d['stderr'], d.get('locals', {}), d.get('execution_time', 0.), calls,
+        return cls(d.get('stdout', ''), d.get('stderr', ''), d.get('locals', {}), d.get('execution_time', 0.), calls,
             d.get('final_answer'), d.get('error'), d.get('notes', []))
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #d0bbc580
@@ -417,8 +418,8 @@ SCAFFOLD = {
         'text that it must read into it; about 300,000 characters fit.',
     'llm_query_batched': '`llm_query_batched(prompts, model=None) -> list[str]` asks many questions at once and returns the replies in '
         'the same order. Much faster than a loop.',
-    'rlm_query': '`rlm_query(prompt, model=None) -> str` hands a piece of work to a child that has a REPL of its own, with `prompt` as its '
-        'context. For pieces that need several steps; for plain reading `llm_query` is cheaper.',
+    'rlm_query': '`rlm_query(prompt, model=None, **notes) -> str` hands a piece of work to a child that has a REPL of its own, with `prompt` as its '
+        'context; further keyword arguments stand below it as notes. For pieces that need several steps; for plain reading `llm_query` is cheaper.',
     'rlm_query_batched': '`rlm_query_batched(prompts, model=None) -> list[str]` runs several such children side by side.',
     'SHOW_VARS': '`SHOW_VARS()` lists your variables with their types and sizes.',
     'FINAL': '`FINAL(value)`, called in a block, gives the answer.',

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['current_block', 'grace', 'CappedText', 'Block', 'outside_block', 'summarize', 'summarize_ns', 'show_vars',
-           'BlockTimeout', 'Answer', 'Scaffold', 'bind', 'unbind', 'begin', 'settle', 'describe_error', 'CodeThread',
-           'exec_code']
+           'BlockTimeout', 'Answer', 'Scaffold', 'here_or_there', 'scaffold_of', 'bind', 'rebind', 'unbind', 'visible',
+           'bind_context', 'context_metadata', 'begin', 'settle', 'describe_error', 'CodeThread', 'exec_code']
 
 # %% ../nbs/01_repl.ipynb #41296eea
-import ast, builtins, codecs, contextvars, ctypes, itertools, json, linecache, os, random, signal, subprocess, sys, threading, time, traceback
+import ast, builtins, codecs, contextvars, ctypes, functools, itertools, json, linecache, os, random, signal, subprocess, sys, threading, time, traceback
 from collections import deque
 from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from ._rlmpaper_compat import FinalAnswer, REPLResult, head_tail, type_module, type_name
+from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail, type_module, type_name
 
 # %% ../nbs/01_repl.ipynb #3a76b0a5
 class CappedText:
@@ -182,27 +182,86 @@ class Scaffold:
         "List the variables with types and sizes."
         return show_vars(self.ns, [k for k,v in self.bound.items() if self.ns.get(k) is v])
 
+# %% ../nbs/01_repl.ipynb #c811f8ab
+def here_or_there(f):
+    "`f(ns, ...)`, or `ns.f(...)` where `ns` runs its code itself."
+    @functools.wraps(f)
+    def do(ns, *args): return getattr(ns, f.__name__)(*args) if hasattr(ns, 'exec_code') else f(ns, *args)
+    return do
+
+def scaffold_of(
+    ns:MutableMapping, # A namespace
+)->Scaffold|None: # None where there never was a run
+    "The scaffold of the newest run in `ns`."
+    s = ns.scaffold if hasattr(ns, 'exec_code') else ns.get('__rlm__')
+    return s if isinstance(s, Scaffold) else None
+
 # %% ../nbs/01_repl.ipynb #9a9e70c2
+@here_or_there
 def bind(
-    ns:dict, # Changed in place
+    ns:MutableMapping, # Changed in place
     scaffold:Scaffold, # What to put there
 )->None:
     "Put a run's scaffold into `ns`, and remember what the caller had under these names."
-    old = ns.get('__rlm__')
-    if isinstance(old, Scaffold) and old.active: raise RuntimeError('another run is at work in this namespace; give each run its own `ns`')
-    ours = old.bound if isinstance(old, Scaffold) else {}
+    old = scaffold_of(ns)
+    if old and old.active: raise RuntimeError('another run is at work in this namespace; give each run its own `ns`')
+    ours = old.bound if old else {}
     scaffold.had = {k: ns[k] for k in scaffold.bound if k in ns and ns[k] is not ours.get(k)}
     ns.update(scaffold.bound, __rlm__=scaffold)
     ns.setdefault('__name__', '__main__')
     scaffold.ns, scaffold.active = ns, True
 
+@here_or_there
+def rebind(
+    ns:MutableMapping, # Changed in place
+    name:str, # Of the scaffold
+    value, # Its new value
+)->None:
+    "Change one value of the scaffold."
+    scaffold_of(ns).bound[name] = ns[name] = value
+
+@here_or_there
 def unbind(
-    ns:dict, # Changed in place
+    ns:MutableMapping, # Changed in place
 )->None:
     "Put back what the caller had; scaffold that was not there stays, for a person to call."
-    scaffold = ns['__rlm__']
+    scaffold = scaffold_of(ns)
     ns.update(scaffold.had)
     scaffold.active = False
+
+@here_or_there
+def visible(
+    ns:MutableMapping, # A namespace
+)->dict: # Name -> summary
+    "The variables of the namespace, without the scaffold."
+    s = scaffold_of(ns)
+    return s.visible() if s else summarize_ns(ns)
+
+# %% ../nbs/01_repl.ipynb #96963450
+@here_or_there
+def bind_context(
+    ns:MutableMapping, # Changed in place
+    context, # The new context, bound by reference; None is the one that is there
+    name:str='context', # Its variable
+)->int: # How many contexts there are now
+    "Put a context into `ns` without losing an earlier one."
+    n = 0
+    while f'{name}_{n}' in ns: n += 1
+    if context is None: pass
+    elif name in ns and ns[name] is not context:
+        if n == 0: ns[f'{name}_0'] = ns[name]; n = 1
+        ns[f'{name}_{n}'] = ns[name] = context
+        n += 1
+    else: ns[name] = context
+    return max(n, 1)
+
+@here_or_there
+def context_metadata(
+    ns:MutableMapping, # A namespace
+    name:str='context', # The context's variable
+)->QueryMetadata:
+    "Type and size of the context, measured where it lies."
+    return QueryMetadata(ns[name])
 
 # %% ../nbs/01_repl.ipynb #734efdf2
 def _json_final(scaffold, notes): # The answer in the variable `final_name`
@@ -449,9 +508,8 @@ def exec_code(
     if hasattr(ns, 'exec_code'): return ns.exec_code(code, lang=lang, timeout=timeout, max_output=max_output)
     if not isinstance(ns, dict): raise TypeError(f'`ns` must be a dict or a namespace with `exec_code`, not a {type(ns).__name__}')
     if not isinstance(code, str): raise TypeError(f'`code` must be a str, not a {type(code).__name__}')
-    block, res, t0, scaffold = Block(max_output), REPLResult(), time.perf_counter(), ns.get('__rlm__')
-    if not isinstance(scaffold, Scaffold): scaffold = None
-    else: begin(scaffold)
+    block, res, t0, scaffold = Block(max_output), REPLResult(), time.perf_counter(), scaffold_of(ns)
+    if scaffold is not None: begin(scaffold)
     streams = _install()
     bash = lang in ('bash', 'sh')
     def job(): _run_bash(code, block, timeout) if bash else _run(code, ns, max_output)
