@@ -14,7 +14,7 @@ in_init = re.search(r'^__version__ *= *["\'](.+?)["\']', Path(lib, '__init__.py'
 if in_init and in_init[1] != cfg['version']:
     raise SystemExit(f"settings.ini says version {cfg['version']}, {lib}/__init__.py says {in_init[1]}")
 
-extras = {k: cfg[f'{k}_requirements'].split() for k in ('dev', 'solveit', 'providers')}
+extras = {k: cfg[f'{k}_requirements'].split() for k in ('dev', 'solveit', 'providers', 'pdf')}
 extras['all'] = sorted(set(sum(extras.values(), [])))
 
 setup(
