@@ -1,0 +1,27 @@
+"""The kinds of namespace that the tests run on, each as a context manager; what is missing on this machine is skipped, with a reason."""
+from contextlib import contextmanager
+import pytest
+
+KINDS = ['local', 'process', 'sandbox', 'vm']
+
+@contextmanager
+def new_ns(kind):
+    if kind == 'local': yield {}
+    elif kind == 'vm':
+        with shared_vm().ns() as ns: yield ns
+    else:
+        pytest.importorskip('rlm.sandbox')
+        from rlm.sandbox import Sandbox, SandboxError
+        try: ns = Sandbox(kind='process' if kind == 'process' else 'bwrap')
+        except SandboxError as e: pytest.skip(str(e))
+        with ns: yield ns
+
+_vm = []
+def shared_vm():
+    "One machine for all tests: sessions are what is made anew."
+    pytest.importorskip('rlm.vm')
+    from rlm.vm import VM, VMError
+    if not _vm:
+        try: _vm.append(VM(accel='tcg'))
+        except VMError as e: pytest.skip(str(e))
+    return _vm[0]
