@@ -39,6 +39,7 @@ class RunConfig:
     system_prompt: str|None = None # Instead of the protocol's own
     tools: dict = field(default_factory=dict) # Name -> function or value, to be put into the namespace
     sub_tools: dict|None = None # The same for children; `tools` if None
+    child_ns: Callable|None = None # Makes the namespace of a child, such as `Sandbox`, or `dict` for this process; None is one of the parent's kind
     returns: object = None # Type, or pydantic model, that the answer must fit
     cache: bool = True # Use the provider's prompt cache for the turns of a run
     compaction: float|None = None # Share of the model's window from which on older turns are summarized, such as 0.8
@@ -59,9 +60,9 @@ class RunConfig:
         for name, kind in (('tools', dict), ('sub_tools', dict), ('system_prompt', str), ('compaction', (int, float))):
             v = getattr(self, name)
             if v is not None and not isinstance(v, kind): raise TypeError(f'`{name}` cannot be a {type(v).__name__}: {v!r}')
-        for name, method in (('log', 'on_event'), ('store', 'lookup')):
+        for name, method in (('log', 'on_event'), ('store', 'lookup'), ('child_ns', '__call__')):
             v = getattr(self, name)
-            if not (v is None or isinstance(v, (str, os.PathLike)) or hasattr(v, method)): raise TypeError(f'`{name}` must be a path, or have `{method}`; it is a {type(v).__name__}')
+            if not (v is None or method != '__call__' and isinstance(v, (str, os.PathLike)) or hasattr(v, method)): raise TypeError(f'`{name}` has no `{method}`; it is a {type(v).__name__}')
         if self.compaction is not None and not 0 < self.compaction <= 1:
             raise ValueError(f'`compaction` is a share of the window between 0 and 1, not {self.compaction!r}')
         taken = {*SCAFFOLD, self.protocol.context_name, self.protocol.final_name}
@@ -290,15 +291,16 @@ def run_here(
 
 # %% ../nbs/05_core.ipynb #6418505d
 @contextmanager
-def _new_ns(ns): # A namespace of the same kind, for as long as a child runs
-    new = ns.child() if hasattr(ns, 'child') else {}
-    try: yield new
+def _child_ns(run): # A namespace for as long as a child runs
+    make = run.cfg.child_ns or getattr(run.ns, 'child', dict)
+    ns = make()
+    try: yield ns
     finally:
-        if hasattr(new, 'close'): new.close()
+        if hasattr(ns, 'close'): ns.close()
 
 def _run_child(run, call, lm, thread): # Fill in one call by a child run
     run.ledger.start_child()
-    with _new_ns(run.ns) as ns:
+    with _child_ns(run) as ns:
         child = Run(run.cfg.for_child(lm), ns, run, call=call)
         run.live[child] = thread
         try: finish(child, preview(call.prompt), call.prompt, shown=len(call.prompt) <= 2000)

@@ -1,8 +1,8 @@
 """One list of what a run means, on every kind of namespace: a dict, a locked-down process, a virtual machine."""
-import asyncio, json, threading
+import asyncio, os, threading
 import pytest
 from pydantic import BaseModel
-from common import block, first, is_turn, tree, turn
+from common import block, is_turn, tree, turn
 from kinds import KINDS, new_ns
 from rlm import ANSWER, NANO, LMError, ScriptLM, arlm_run, llm_query, llm_query_batched, load_ns, rlm_iter, rlm_run, save_ns
 
@@ -183,6 +183,11 @@ def test_children(ns):
     res = rlm_run('Go', 'text', ns, model=lm)
     assert res.value == ['9', '10', str(len('Count it\n\nnote: here'))] and len(res.children) == 3
     assert type(res.children[0].ns) is type(ns) and 'mine' not in ns
+
+def test_children_elsewhere(ns):
+    lm = tree([block('FINAL(rlm_query("Count abc"))')], Count=[block('import os\nFINAL(os.getpid())')])
+    res = rlm_run('Go', 'text', ns, model=lm, child_ns=dict)
+    assert type(res.children[0].ns) is dict and res.answer == str(os.getpid())
 
 def test_depth(ns):
     lm = tree([block('FINAL(rlm_query("Count abc"))')], Count=[block('FINAL(rlm_query("leaf"))')])
