@@ -407,6 +407,7 @@ class _Writer: # What one run and those below it write with
         if other: raise TraceError(f'{self.path} holds another run (not the same: {", ".join(other)}); name another file')
         if run.info.get('stop') in _finished: raise TraceError(f'{self.path} holds a run that is finished; name another file')
         self.old, self.spent = list(zip(run.iterations, run._lines)), run.usage
+        self.info |= {k: run.info[k] for k in ('context', 'timestamp', 'parent') if k in run.info}
         engine.store = _LogStore(run, engine.store, engine.store is not engine.cfg.store)
     def on_event(self, e):
         if e.kind == 'child': self._child(e)
