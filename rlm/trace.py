@@ -174,8 +174,8 @@ def load_run(
     if not isinstance(run, dict): return _read(Path(run))
     if not isinstance(run.get('iterations'), list): raise TraceError("a trajectory in memory is a dict with 'run_metadata' and a list of 'iterations'")
     reader = _Reader()
-    reader.add(dict(run.get('run_metadata') or {}, type='metadata'))
     for o in run['iterations']: reader.add(o)
+    reader.add(dict(run.get('run_metadata') or {}, type='metadata'))
     return reader.run
 
 # %% ../nbs/06_trace.ipynb #e7dcc392

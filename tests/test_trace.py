@@ -1,0 +1,276 @@
+"""Logs, stores and replays: what is written is what was said, whoever else writes, and wherever the process ends."""
+import asyncio, gzip, json, os, random, sqlite3, threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest
+from rlm import ANSWER, NANO, PAPER, ScriptLM, arlm_run, rlm_run
+from rlm.lm import ClaudetteLM, FnLM, Reply, Usage
+from rlm.testing import MessagesServer
+from rlm.trace import CallStore, RunLog, TraceError, context_digest, load_run, replay, rewind, to_public
+from common import block, first, forks, in_child, is_turn, script, tree, turn
+
+DATA = Path(__file__).with_name('data')
+REAL = Path(os.environ.get('TRAJECTORIES', DATA.parents[2]/'shared'/'data'/'trajectories'))
+FIXTURES = pytest.mark.parametrize('name', ['ours.jsonl', 'public.jsonl.gz'])
+
+def raw(path): return [json.loads(o) for o in (gzip.open if path.suffix == '.gz' else open)(path, 'rb')]
+
+# Reading
+
+@FIXTURES
+def test_fixtures_say_the_same(name):
+    run = load_run(DATA/name)
+    assert run.stop == 'answer' and len(run.iterations) == 4 and len(run.iterations[0].code_blocks) == 3
+    assert run.iterations[0].code_blocks[1].result.error.startswith('TypeError')
+    assert [c.response for c in run.calls[:6]] == [f'Lantern {i}' for i in (1, 2, 3, 5, 6, 0)]
+    kid, = run.children
+    assert kid.iterations[0].code_blocks[0].result.stdout == '6\n' and 'Lantern 1' in kid.answer
+
+@FIXTURES
+def test_fixtures_replay(name):
+    theirs = name.startswith('public')
+    report = replay(DATA/name, rollback=theirs)
+    assert report.same, str(report)
+    assert len(report.blocks) == (8 if theirs else 6)
+    other = replay(DATA/name, rollback=not theirs)
+    assert [b.where for b in other.blocks if not all(b.checks.values())] == ['1.3']
+
+def test_the_whole_prompts_of_the_public_engine_are_rebuilt():
+    run, lines = load_run(DATA/'public.jsonl.gz'), raw(DATA/'public.jsonl.gz')
+    assert [run.messages(k) for k in range(1, 5)] == [o['prompt'] for o in lines if o['type'] == 'iteration']
+    assert sum(len(it.prompt) for it in run.iterations) < sum(len(run.messages(k)) for k in range(1, 5)) / 2
+
+@pytest.mark.skipif(not REAL.exists(), reason='the recorded trajectories are not here')
+@pytest.mark.parametrize('key, blocks, without', [('d83aed93', 3, 3), ('3a476735', 7, 7), ('a1c3cdfe', 11, 8), ('5f4c2a91', 1, 1), ('ca262637', 2, 2), ('be4c96ee', 2, 2)])
+def test_real_trajectories(key, blocks, without):
+    path, = (REAL/'traces').glob(f'*{key}.jsonl.gz')
+    context = (REAL/'contexts'/'gene_expression_hits.txt').read_text() if key == '5f4c2a91' else None
+    report, plain = replay(path, context, rollback=True), replay(path, context)
+    assert report.same and len(report.blocks) == blocks, str(report)
+    assert plain.summary() == f'{without} of {blocks} blocks are the same'
+    run = load_run(path)
+    assert [run.messages(k) for k in range(1, len(run.iterations) + 1)] == [o['prompt'] for o in raw(path) if o['type'] == 'iteration']
+
+def test_a_log_cut_at_any_byte_loses_one_line(tmp_path):
+    data, path = (DATA/'ours.jsonl').read_bytes(), tmp_path/'x.jsonl'
+    ends = [i + 1 for i,c in enumerate(data) if c == 10]
+    for n in sorted({*random.Random(0).sample(range(1, len(data)), 60), *ends, *[o - 1 for o in ends]}):
+        path.write_bytes(data[:n])
+        whole = sum(o <= n + 1 for o in ends) # A line without its newline is whole too
+        if not whole:
+            with pytest.raises(TraceError, match='holds no turn'): load_run(path)
+        else: assert len(load_run(path).iterations) == min(whole, len(ends) - 1) - 1
+
+def test_a_packed_log_that_ends_early(tmp_path):
+    data = (DATA/'public.jsonl.gz').read_bytes()
+    for n in (len(data) - 4, len(data) - 8): (tmp_path/'x.gz').write_bytes(data[:n]); assert len(load_run(tmp_path/'x.gz').iterations) == 4
+    (tmp_path/'x.gz').write_bytes(data[:-8] + b'\0' * 8)
+    with pytest.raises(TraceError): load_run(tmp_path/'x.gz')
+
+@pytest.mark.parametrize('line, says', [('{"type": "iteration", "code_blocks": [3]}', 'is no log of a run'), ('7', 'line 2 is no JSON object'),
+    ('{"type": "iter\n{}', 'line 2 is damaged'), ('{"iteration": "x"}\n{"iteration": 3}', 'is no log of a run')])
+def test_damage_says_where(tmp_path, line, says):
+    (tmp_path/'x.jsonl').write_text('{"type": "metadata"}\n' + line + '\n')
+    with pytest.raises(TraceError, match=says): load_run(tmp_path/'x.jsonl')
+
+def test_minimal_logs():
+    run = load_run(dict(iterations=[{}, dict(final_answer=['FINAL', 'x'], prompt='q')]))
+    assert run.answer == 'x' and run.messages(2)[-1] == dict(role='user', content='q') and run.metadata.root_model == ''
+    with pytest.raises(TraceError, match='no turn 3'): run.messages(3)
+
+# Writing
+
+ODD = 'odd \u2028 \x85 \0 \ud800 \U0001f600 "\\ end'
+SCRIPTS = dict(
+    plain=([block('print(len(context))'), 'FINAL(1)'], {}),
+    empty=(['', block('1/0'), '   ', 'FINAL(x)'], {}),
+    odd=([block(f'print({ODD!r}, llm_query({ODD!r}))'), f'FINAL({ODD})'], {}),
+    over=([block('x = 1')] * 2 + ['FINAL(late)'], dict(max_iters=2)),
+    answer=([block('answer["content"] = "a"; answer["ready"] = True')], dict(protocol=ANSWER)),
+    nano=([block('print(prompt)', lang='python'), block('Final = [1]', lang='python')], dict(protocol=NANO)),
+    typed=([block('FINAL("x")'), block('FINAL(3)')], dict(returns=int)),
+    compact=([block('print("w " * 3000)')] * 2 + ['My notes.', block('print("v " * 3000)'), 'FINAL(done)'], dict(compaction=.02)),
+)
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_the_log_says_what_the_model_was_sent(tmp_path, name):
+    replies, options = SCRIPTS[name]
+    sent, todo = [], iter(replies)
+    def model(messages):
+        if not is_turn(messages): return ODD
+        sent.append([dict(m) for m in messages])
+        return next(todo)
+    res = rlm_run('Q?', 'some text', model=model, log=tmp_path/'x.jsonl', **options)
+    run = load_run(tmp_path/'x.jsonl')
+    assert [run.messages(k) for k in range(1, len(run.iterations) + 1)] == sent
+    assert [o.to_dict() | dict(prompt=0) for o in run.iterations] == [o.to_dict() | dict(prompt=0) for o in res.iterations]
+    assert (run.answer, run.stop, run.usage) == (res.answer, res.stop, res.usage)
+    assert replay(run, 'some text').same
+    public = load_run(to_public(run, tmp_path/'p.jsonl'))
+    assert [public.messages(k) for k in range(1, len(sent) + 1)] == sent
+    if name == 'compact': assert len(sent[-1]) < len(sent[-2]) + 2 and any(len(b) < len(a) for a, b in zip(sent, sent[1:]))
+
+def test_size_grows_with_the_turns(tmp_path):
+    sizes = []
+    for n in (20, 40, 80):
+        lm = ScriptLM([block(f'v = context[{i}:{i}+500]; print(v)') for i in range(n - 1)] + ['FINAL(done)'])
+        rlm_run('Q?', 'abcde fghij ' * 100_000, model=lm, log=tmp_path/f'{n}.jsonl', max_iters=n)
+        sizes.append((tmp_path/f'{n}.jsonl').stat().st_size)
+    assert sizes[2] - sizes[1] < 2.4 * (sizes[1] - sizes[0]) < 400_000
+
+def test_each_line_is_there_when_its_turn_is_over(tmp_path):
+    counts = []
+    def model(messages):
+        counts.append(len(load_run(tmp_path/'x.jsonl').iterations))
+        return block('print(1)') if turn(messages) < 3 else 'FINAL(1)'
+    rlm_run('Q?', 'text', model=model, log=tmp_path/'x.jsonl')
+    assert counts == [0, 1, 2, 3]
+
+def test_trees(tmp_path):
+    lm = tree([block('print(rlm_query_batched(["one", "two", "one"]))'), 'FINAL(root)'], one=[block('print(llm_query("leaf"))'), 'FINAL(1)'], two=[block('print(rlm_query("deep"))'), 'FINAL(2)'],
+        deep=[block('print(llm_query("bottom"))'), 'FINAL(3)'])
+    res = rlm_run('Q?', 'text', model=lm, log=tmp_path/'x.jsonl', limits=dict(max_depth=3))
+    run = load_run(tmp_path/'x.jsonl')
+    assert [o.answer for o in run.children] == ['1', '2', '1'] and run.usage == res.usage and run.children[1].children[0].calls[0].response == 'BOTTOM'
+    ids = [o.info['run'] for o in [*run.children, *run.children[1].children]]
+    assert len(set(ids)) == 4 and ids[3].startswith(ids[1] + '/')
+    assert load_run(res).children[1].children[0].calls[0].response == 'BOTTOM'
+    assert len(replay(run, 'text').blocks) == 5 and replay(run, 'text').same
+
+def test_a_child_that_fails_is_in_the_log(tmp_path):
+    lm = tree([block('print(rlm_query_batched(["one"]))'), 'FINAL(root)'], one=[block('print(1)')])
+    rlm_run('Q?', 'text', model=lm, log=tmp_path/'x.jsonl', limits=dict(max_calls=4))
+    call, = load_run(tmp_path/'x.jsonl').calls
+    assert call.error and len(load_run(call.metadata).iterations) >= 2 and load_run(call.metadata).stop == 'budget'
+
+def test_secrets_stay_out(tmp_path):
+    with MessagesServer([block('print(llm_query("hello"))'), 'hi', 'FINAL(1)'], api_key='sk-very-secret') as s:
+        lm = ClaudetteLM('test-model', base_url=s.url, api_key='sk-very-secret')
+        rlm_run('Q?', 'text', model=lm, log=tmp_path/'x.jsonl', store=tmp_path/'c.db')
+    found = b''.join(o.read_bytes() for o in tmp_path.iterdir())
+    assert b'hello' in found and b'secret' not in found and s.url.encode() not in found
+
+def test_runs_on_many_threads_share_a_log_and_a_store(tmp_path):
+    log, store = RunLog(f'{tmp_path}/logs/'), CallStore(tmp_path/'c.db')
+    def model(messages):
+        q = first(messages)
+        return q.split()[-1] if not is_turn(messages) else block('print(llm_query("say " + context))') if not turn(messages) else 'FINAL_VAR(context)'
+    with ThreadPoolExecutor(8) as ex: res = list(ex.map(lambda i: rlm_run(f'Q{i}?', str(i), model=model, log=log, store=store), range(24)))
+    runs = {o.info['query']: o for o in map(load_run, (tmp_path/'logs').iterdir())}
+    assert len(runs) == 24 and all(runs[f'Q{i}?'].answer == str(i) == r.answer for i, r in enumerate(res))
+    assert all(o.calls[0].response == o.answer for o in runs.values()) and len(store) == 24 * 3
+
+def test_async_runs(tmp_path):
+    async def model(messages): return block('x = llm_query("p")') if is_turn(messages) and not turn(messages) else 'FINAL(1)'
+    async def both(): return await asyncio.gather(*[arlm_run('Q?', 'text', model=model, log=tmp_path/f'{i}.jsonl', store=tmp_path/'c.db') for i in range(4)])
+    res = asyncio.run(both())
+    assert all(load_run(o.log).answer == '1' for o in res) and len(CallStore(tmp_path/'c.db')) == 3
+
+def test_a_session_of_questions(tmp_path):
+    ns = {}
+    rlm_run('One?', 'text', ns, model=ScriptLM([block('x = 41'), 'FINAL(1)']), log=RunLog(tmp_path/'', keep_context=True))
+    before = {'x': 41, 'context': 'text'}
+    rlm_run('Two?', None, ns, model=ScriptLM([block('print(x + 1, len(context))'), 'FINAL(2)']), log=tmp_path/'two.jsonl')
+    assert replay(tmp_path/'two.jsonl', ns=before).same and not replay(tmp_path/'two.jsonl', 'text').same
+    assert load_run(tmp_path/'two.jsonl').info['context']['sha256'] == context_digest('text')
+
+def test_another_process_writes_the_same_log(tmp_path):
+    code = '''
+        import sys
+        from rlm import rlm_run, ScriptLM
+        from rlm.trace import TraceError
+        try: print(rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)']), log=sys.argv[1]).answer)
+        except TraceError as e: print('is being written' in str(e))
+    '''
+    said = []
+    def model(messages): said.append(script(code, str(tmp_path/'x.jsonl')).stdout); return 'FINAL(1)' if len(said) > 1 else block('x = 1')
+    rlm_run('Q?', 'text', model=model, log=tmp_path/'x.jsonl')
+    assert said == ['True\n'] * 2 and load_run(tmp_path/'x.jsonl').stop == 'answer'
+
+@forks
+def test_forks_of_a_run(tmp_path):
+    log, store = RunLog(tmp_path/'x.jsonl'), CallStore(tmp_path/'c.db')
+    def model(messages): return block('pid = fork()') if is_turn(messages) and not turn(messages) else 'FINAL(1)'
+    def fork(): # What a block may do: a child with all that the parent holds, which works on its own
+        child = ScriptLM(['FINAL(c)', 'FINAL(c)'])
+        return in_child(lambda: [rlm_run('In the child?', 'text', model=child, log=tmp_path/'child.jsonl', store=store).answer, len(store)])
+    res = rlm_run('Q?', 'text', model=model, log=log, store=store, tools=dict(fork=fork))
+    assert res.ns['pid'][0] == 'c' and load_run(tmp_path/'child.jsonl').stop == 'answer'
+    assert [o['type'] for o in raw(tmp_path/'x.jsonl')] == ['metadata', 'iteration', 'iteration', 'metadata'] and len(store) == 4
+
+# The store
+
+WORKER = '''
+    import sys
+    from rlm import rlm_run
+    from rlm.trace import CallStore
+    asked = []
+    def model(messages):
+        asked.append(1)
+        if messages[0]['role'] == 'user': return messages[0]['content'].upper()
+        return 'FINAL_VAR(x)' if len(messages) > 2 else '```repl\\nx = llm_query_batched([f"p{i}" for i in range(40)])\\n```'
+    with CallStore(sys.argv[1]) as store: res = rlm_run('Q?', 'text', model=model, store=store)
+    print(len(res.value), len(set(res.value)), len(asked) + store.saved.total.total_calls)
+'''
+
+def test_processes_share_a_store(tmp_path):
+    with ThreadPoolExecutor(4) as ex: res = list(ex.map(lambda i: script(WORKER, str(tmp_path/'c.db'), timeout=60), range(6)))
+    assert {(o.stdout, o.stderr) for o in res} == {('40 40 42\n', '')}
+    assert len(CallStore(tmp_path/'c.db')) == 42
+    assert sqlite3.connect(tmp_path/'c.db').execute('PRAGMA integrity_check').fetchall() == [('ok',)]
+
+def test_a_busy_writer_is_waited_for(tmp_path):
+    store = CallStore(tmp_path/'c.db')
+    db = sqlite3.connect(tmp_path/'c.db', isolation_level=None, check_same_thread=False)
+    db.execute('BEGIN IMMEDIATE')
+    threading.Timer(.2, lambda: db.execute('COMMIT')).start()
+    store.record('', 0, ScriptLM([]), [], Reply('x', Usage(1)))
+    assert store.lookup('', 0, ScriptLM([]), []).text == 'x'
+
+def test_replies_come_back_whole(tmp_path):
+    store, lm = CallStore(tmp_path/'c.db'), ScriptLM([], name='m')
+    reply, msgs = Reply(ODD, Usage(1, 2, 3, None, 4, 5), 'max_tokens', 'other name'), [dict(role='user', content=ODD)]
+    store.record('/a.0', 1, lm, msgs, reply)
+    store.close()
+    assert store.lookup('/a.0', 1, lm, msgs) == reply == CallStore(tmp_path/'c.db').lookup('/a.0', 1, lm, msgs)
+    for scope, n, model, content in (('', 1, 'm', ODD), ('/a.0', 0, 'm', ODD), ('/a.0', 1, 'n', ODD), ('/a.0', 1, 'm', 'x')):
+        assert store.lookup(scope, n, ScriptLM([], name=model), [dict(role='user', content=content)]) is None
+
+@pytest.mark.parametrize('at', [0, 30, 4096])
+def test_a_corrupt_store_says_so(tmp_path, at):
+    with CallStore(tmp_path/'c.db') as store:
+        for i in range(50): store.record('', i, ScriptLM([]), [], Reply('x' * 2000))
+    data = bytearray((tmp_path/'c.db').read_bytes()); data[at:at + 4000] = os.urandom(4000)
+    (tmp_path/'c.db').write_bytes(data)
+    with pytest.raises(TraceError, match='name another file'):
+        broken = CallStore(tmp_path/'c.db')
+        for i in range(50): broken.lookup('', i, ScriptLM([]), [])
+
+def test_a_hit_does_not_count(tmp_path):
+    def model(messages): return block('x = llm_query_batched(["a", "b", "a"])') if is_turn(messages) and not turn(messages) else 'FINAL(1)'
+    kw = dict(model=FnLM(model, price=(1, 1, 1, 1)), store=tmp_path/'c.db')
+    one = rlm_run('Q?', 'text', **kw)
+    two = rlm_run('Q?', 'text', limits=dict(max_calls=1, max_cost=1e-9), **kw)
+    assert one.usage.total.total_calls == 5 and two.answer == '1' and two.usage.total.total_calls == 0 and two.cost == 0
+
+# Going back
+
+def test_a_branch_of_a_branch(tmp_path):
+    def model(messages): return [block('x = 1'), block('x += 1'), block('print(x)'), 'FINAL_VAR(x)'][turn(messages)]
+    rlm_run('Q?', 'text', model=model, log=tmp_path/'a.jsonl')
+    one = rewind(tmp_path/'a.jsonl', 2, 'text', model=model, code='x += 10', log=tmp_path/'b.jsonl')
+    two = rewind(one.log, 3, 'text', model=model, changes=dict(x=100), log=tmp_path/'c.jsonl')
+    assert (one.answer, two.answer) == ('11', '100')
+    assert [load_run(tmp_path/f'{o}.jsonl').info.get('parent', {}).get('turn') for o in 'abc'] == [None, 2, 3]
+    assert load_run(tmp_path/'a.jsonl').answer == '2' and all(replay(tmp_path/f'{o}.jsonl', 'text').same for o in 'ab')
+
+def test_going_back_pays_for_no_recorded_sub_call(tmp_path):
+    asked = []
+    def model(messages):
+        if not is_turn(messages): asked.append(messages[0]['content']); return f'reply {len(asked)}'
+        return [block('a = llm_query("p"); b = rlm_query("child")'), block('c = llm_query("q"); print(a, b, c)'), 'FINAL(done)'][turn(messages)]
+    lm = FnLM(model, 'one')
+    rlm_run('Q?', 'text', model=lm, log=tmp_path/'a.jsonl', limits=dict(max_depth=1))
+    assert asked == ['p', 'child', 'q']
+    rewind(tmp_path/'a.jsonl', 1, 'text', model=FnLM(model, 'two'), log=tmp_path/'b.jsonl', limits=dict(max_depth=1))
+    assert asked == ['p', 'child', 'q', 'q']
