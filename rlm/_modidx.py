@@ -540,6 +540,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'rlm.trace.LoggedRun.stop': ('trace.html#loggedrun.stop', 'rlm/trace.py'),
                            'rlm.trace.LoggedRun.usage': ('trace.html#loggedrun.usage', 'rlm/trace.py'),
                            'rlm.trace.Replay': ('trace.html#replay', 'rlm/trace.py'),
+                           'rlm.trace.Replay.__repr__': ('trace.html#replay.__repr__', 'rlm/trace.py'),
                            'rlm.trace.Replay.__str__': ('trace.html#replay.__str__', 'rlm/trace.py'),
                            'rlm.trace.Replay._repr_markdown_': ('trace.html#replay._repr_markdown_', 'rlm/trace.py'),
                            'rlm.trace.Replay.same': ('trace.html#replay.same', 'rlm/trace.py'),

@@ -539,11 +539,11 @@ class ReplayedBlock:
         return '' if self.checks['stdout'] else 'the line ends differ'
 
 # %% ../nbs/06_trace.ipynb #9c41673d
-@dataclass
+@dataclass(repr=False)
 class Replay:
     "What a replay found."
     blocks: list # A ReplayedBlock for each
-    ns: dict = field(repr=False) # The namespace afterwards
+    ns: dict # The namespace afterwards
     @property
     def same(self)->bool: # No block differs
         "Is all the same?"
@@ -558,6 +558,7 @@ class Replay:
         wide = [max(map(len, o)) for o in zip(*rows)]
         lines = ['| ' + ' | '.join(c.ljust(w) for c,w in zip(r, wide)) + ' |' for r in rows]
         return '\n'.join([self.summary(), '', lines[0], '|' + '|'.join('-' * (w + 2) for w in wide) + '|', *lines[1:]])
+    def __repr__(self): return f'Replay({self.summary()})'
     def _repr_markdown_(self): return str(self)
 
 def _stage(run, context, ns, tools): # Bind all that the code needs; returns the engine's Run and its model
