@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SessionLost', 'SandboxError', 'Session', 'RemoteNS', 'ProcessLink', 'Group', 'group_places', 'Sandbox']
 
-# %% ../nbs/08_sandbox.ipynb #368b2f21
-import contextvars, functools, glob, inspect, itertools, json, os, random, shutil, signal, subprocess, sys, threading, time, weakref
+# %% ../nbs/08_sandbox.ipynb #2c6c653e
+import contextvars, functools, glob, inspect, itertools, json, os, random, shutil, signal, subprocess, sys, tempfile, threading, time, weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future
@@ -26,7 +26,7 @@ class SessionLost(RLMError):
 class SandboxError(RLMError):
     "There is no sandbox to be had here; says what to do about it."
 
-# %% ../nbs/08_sandbox.ipynb #dd1bc40e
+# %% ../nbs/08_sandbox.ipynb #6c6434b2
 class Session:
     "A worker as the host sees it: what it was asked, what it asks, and how it ended."
     def __init__(self,
@@ -107,9 +107,8 @@ class Session:
         self.calls[n] = thread
         fut = thread.submit(lambda: context.run(_called, owner.host_function(name), block, args, kwargs))
         fut.add_done_callback(lambda fut: self._answer(n, fut))
-        thread.close()
     def _answer(self, n, fut):
-        self.calls.pop(n, None)
+        self.calls.pop(n).close()
         try: reply = dict(error=describe(e)) if (e := fut.exception()) else _as_reply(fut.result())
         except (TypeError, ValueError) as e: reply = dict(error=describe(TypeError(f'the host returned {e}, and only what JSON can hold goes in')))
         with suppress(BrokenPipeError): # The session is over, and who waits inside with it
@@ -142,7 +141,7 @@ def _signature(f): # As text, or '' for what has none
     try: return str(inspect.signature(f))
     except (TypeError, ValueError): return ''
 
-# %% ../nbs/08_sandbox.ipynb #1bb0ca4e
+# %% ../nbs/08_sandbox.ipynb #1b3bbeca
 class RemoteNS(MutableMapping):
     "A namespace whose code runs elsewhere. A kind of it has `_open`, which starts a worker, and `child`."
     def __init__(self,
@@ -182,9 +181,9 @@ class RemoteNS(MutableMapping):
         head, raw = s.wait(s.request(op, raw, **head), None if s.job else time.monotonic() + 60)
         if head.get('error'): raise _remade(head['error'])
         return head, raw
-    def _value(self, op, kind, **head): # The same for a reply that is one value of this type
+    def _value(self, op, want, **head): # The same for a reply that is one value of this type
         value = self._ask(op, **head)[0].get('value')
-        if type(value) is kind: return value
+        if type(value) is want: return value
         with self._honest(self._session): raise TypeError(f'a reply of type {type(value).__name__}')
     @contextmanager
     def _honest(self, s): # Around what reads a reply: what makes no sense ends the session
@@ -404,7 +403,7 @@ def _environment(venv=None): # Nothing of the caller's
     path = ':'.join(filter(None, (venv and f'{venv}/bin', '/usr/bin', '/bin')))
     return dict(PATH=path, HOME='/tmp', USER='rlm', LANG='C.UTF-8', MALLOC_ARENA_MAX='2')
 
-# %% ../nbs/08_sandbox.ipynb #84a49333
+# %% ../nbs/08_sandbox.ipynb #85b8248a
 def _mounts(): # (kind, folder of this process in it, controllers) for each tree of control groups
     own = {o: p for _, os_, p in (l.rstrip('\n').split(':', 2) for l in open('/proc/self/cgroup')) for o in os_.split(',')}
     for line in open('/proc/self/mountinfo'):
@@ -441,13 +440,15 @@ class Group:
         "A shell joins, and then becomes the command."
         return ['/bin/sh', '-c', 'for d in $1; do echo 0 > "$d/cgroup.procs" || exit 96; done; shift; exec "$@"', 'sh', ' '.join(map(str, self.dirs)), *argv]
     def remove(self):
-        "Remove it, once the last process in it is gone."
+        "End what is in it, and remove it."
         end = time.monotonic() + 5
         for d in self.dirs:
             while d.exists():
                 try: d.rmdir()
-                except OSError:
+                except OSError: # Processes that are ending are still in it
                     if time.monotonic() > end: raise
+                    for pid in (d/'cgroup.procs').read_text().split():
+                        with suppress(ProcessLookupError): os.kill(int(pid), signal.SIGKILL)
                     time.sleep(.005)
 
 # %% ../nbs/08_sandbox.ipynb #e3bf4d37
@@ -520,23 +521,47 @@ def _open_bwrap(box): # A worker under bubblewrap
     try: return ProcessLink(group.command(argv), _environment(), box.cap, group.remove)
     except BaseException: group.remove(); raise
 
-# %% ../nbs/08_sandbox.ipynb #5d698b38
+# %% ../nbs/08_sandbox.ipynb #f1bffd82
+def _bundle(box, home): # What runsc wants to know: a folder with our files, and a description
+    shutil.copytree(_home, f'{home}/root/rlm/rlm', ignore=lambda d, names: [o for o in names if o not in _files])
+    uid = random.SystemRandom().randrange(61184, 65520)
+    binds = ['/usr', *(o for o in ('/lib', '/lib64', '/bin') if os.path.exists(o)), *_prefixes(box)]
+    mounts = [dict(destination=o, source=os.path.realpath(o), type='bind', options=['ro', 'rbind']) for o in binds]
+    mounts += [dict(destination=o, source='tmpfs', type='tmpfs', options=[f'size={box.disk}m', 'mode=1777']) for o in ('/tmp', '/dev/shm')]
+    process = dict(user=dict(uid=uid, gid=uid), cwd='/tmp', noNewPrivileges=True, capabilities={}, env=[f'{k}={v}' for k, v in _environment(box.venv).items()],
+        args=_command(_python(box.venv), '/rlm', box.cap, limits=dict(CORE=0)))
+    cfg = dict(ociVersion='1.0.0', hostname='sandbox', root=dict(path='root', readonly=True), process=process, mounts=[dict(destination='/proc', source='proc', type='proc'), *mounts],
+        linux=dict(namespaces=[dict(type=o) for o in ('pid', 'network', 'ipc', 'uts', 'mount')]))
+    Path(home, 'config.json').write_text(json.dumps(cfg))
+
+def _open_gvisor(box): # A worker under gVisor
+    runsc, places = _program('runsc', 'runsc'), group_places()
+    if os.geteuid() or not places: raise SandboxError('gVisor is for root here, with control groups; use `bwrap`')
+    home, group = tempfile.mkdtemp(prefix='rlm-'), Group(places, box.memory * 2**20, 2 * box.processes + 100) # Each process inside has more than one outside
+    def remove(): group.remove(); shutil.rmtree(home)
+    try:
+        _bundle(box, home)
+        argv = [runsc, '--root', f'{home}/state', '--network=none', '--ignore-cgroups', 'run', '--bundle', home, group.dirs[0].name]
+        return ProcessLink(group.command([_program('setpriv', 'util-linux'), '--pdeathsig', 'SIGKILL', '--', *argv]), _environment(), box.cap, remove)
+    except BaseException: remove(); raise
+
+# %% ../nbs/08_sandbox.ipynb #8eaedbdf
 def _open_process(box): # The plain process
     argv = _command(_python(box.venv), os.path.dirname(_home), box.cap, pid=os.getpid(), limits=dict(CORE=0, DATA=box.memory * 2**20))
     return ProcessLink(argv, _environment(box.venv), box.cap)
 
-_kinds = dict(bwrap=_open_bwrap, process=_open_process)
+_kinds = dict(bwrap=_open_bwrap, process=_open_process, gvisor=_open_gvisor)
 
-# %% ../nbs/08_sandbox.ipynb #6cf61728
+# %% ../nbs/08_sandbox.ipynb #3755bd4f
 class Sandbox(RemoteNS):
-    "A namespace in a process of its own: `bwrap` locks it down, `process` does not."
+    "A namespace in a process of its own: `bwrap` and `gvisor` lock it down, `process` does not."
     def __init__(self,
-        kind:str='bwrap', # `bwrap`, by bubblewrap; or `process`, which is no security boundary
+        kind:str='bwrap', # `bwrap`, by bubblewrap; `gvisor`, by runsc; or `process`, which is no security boundary
         *,
         memory:int=1024, # MB
         processes:int=128, # Processes and threads
         disk:int=256, # MB in /tmp
-        venv:str|None=None, # A venv whose packages it sees; None is Python alone
+        venv:str|None=None, # A venv whose packages it sees; None is the Python that this one is made from
         host_methods:Mapping|None=None, # Name -> function that code inside may call as `host_call(name, payload)`
         max_value:int=64, # MB that one value, or one answer, may have on its way out
     ):

@@ -5,11 +5,24 @@ import os, resource, secrets, signal, socket, subprocess, sys, tempfile, textwra
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+import pytest
+import kinds
 from rlm import exec_code
+from rlm.sandbox import Sandbox, SandboxError
 
 # What a kind says that it keeps in bounds. A program that needs more is not run there: it could hurt this machine.
 EACH = {'time', 'memory', 'end', 'frames'}
-CLAIMS = dict(process=EACH, sandbox=EACH | {'group', 'files', 'host', 'network', 'disk', 'userns'}, vm=EACH | {'group', 'files', 'host', 'network', 'disk'})
+ALL = EACH | {'group', 'files', 'host', 'network', 'disk', 'userns'}
+CLAIMS = dict(process=EACH, sandbox=ALL, gvisor=ALL, vm=ALL)
+
+@contextmanager
+def new_ns(kind):
+    if kind != 'gvisor':
+        with kinds.new_ns(kind) as ns: yield ns
+        return
+    try: ns = Sandbox(kind)
+    except SandboxError as e: pytest.skip(str(e))
+    with ns: yield ns
 
 @dataclass
 class Program:
@@ -110,7 +123,7 @@ PROGRAMS = [
             try: return open(p[:-3] + 'cmdline').read()
             except OSError: return ''
         print('BREACH' * any(name(p).startswith('sleep') for p in glob.glob('/proc/*/mem')))''', 'kept'),
-    Program('signalling the host', 'host', 'import os\nfor pid in (H["pid"], os.getppid()):\n    try: os.kill(pid, 9)\n    except OSError: pass', 'kept'),
+    Program('signalling the host', 'host', 'import os\nfor pid in (H["pid"], os.getppid()):\n    try: os.kill(pid, 9)\n    except OSError: pass', ''),
     Program('killing all it can', 'host', 'import os, time\ntry: os.kill(-1, 9)\nexcept OSError: pass', ''),
     Program('loopback of the host', 'network', 'import socket\n' + tries('socket.create_connection(("127.0.0.1", H["port"]), 1)', 'socket.create_connection(("10.0.2.2", H["port"]), 1)'), 'kept'),
     Program('local sockets of the host', 'network', 'import socket\n' + tries('socket.socket(socket.AF_UNIX).connect("\\0rlm-" + H["key"])'), 'kept'),
@@ -169,18 +182,18 @@ def attack(program, host, ns, other):
     if not alive(ns, 'back'): return 'not contained: no session after it'
     return f'contained, {state}'
 
-def cell(program, kind, new_ns):
+def cell(program, kind):
     "What stands in the table for this program and kind."
     if program.needs not in CLAIMS[kind]: return 'not contained'
     with ExitStack() as stack:
         host, ns, other = Host(stack), stack.enter_context(new_ns(kind)), stack.enter_context(new_ns(kind))
         return attack(program, host, ns, other)
 
-def table(kinds, new_ns):
+def table(kinds):
     "The table, from a run."
     yield f'| program | {" | ".join(kinds)} |'
     yield '|---' * (len(kinds) + 1) + '|'
-    for p in PROGRAMS: yield f'| {p.name} | {" | ".join(cell(p, k, new_ns) for k in kinds)} |'
+    for p in PROGRAMS: yield f'| {p.name} | {" | ".join(cell(p, k) for k in kinds)} |'
 
 def rows(text):
     "The cells of such a table: (program, kind) -> text."
@@ -188,5 +201,4 @@ def rows(text):
     return {(l[0], kind): o for l in lines[1:] for kind, o in zip(lines[0][1:], l[1:])}
 
 if __name__ == '__main__':
-    from kinds import new_ns
-    for line in table(sys.argv[1:] or list(CLAIMS), new_ns): print(line, flush=True)
+    for line in table(sys.argv[1:] or list(CLAIMS)): print(line, flush=True)

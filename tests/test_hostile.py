@@ -4,8 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 import pytest
 from common import posix
-from hostile import CLAIMS, Host, PROGRAMS, attack, cell, rows
-from kinds import new_ns
+from hostile import CLAIMS, Host, PROGRAMS, attack, cell, new_ns, rows
 
 pytestmark = posix
 SHOWN = rows('\n'.join(''.join(c['source']) for c in json.loads((Path(__file__).parent.parent/'nbs'/'08_sandbox.ipynb').read_text())['cells'] if c['source'][:1] and c['source'][0].startswith('| program')))
@@ -15,7 +14,7 @@ SHOWN = rows('\n'.join(''.join(c['source']) for c in json.loads((Path(__file__).
 def test_hostile(program, kind):
     want = SHOWN.get((program.name, kind))
     if want is None and not any(k == kind for _, k in SHOWN): pytest.skip(f'the table has no column for {kind}')
-    assert cell(program, kind, new_ns) == want
+    assert cell(program, kind) == want
 
 def test_expected_states():
     for p in PROGRAMS:
