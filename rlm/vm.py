@@ -130,7 +130,7 @@ def _user(kvm): # The start of a command that gives up all rights
     tie = ['setpriv', '--pdeathsig', 'KILL', '--no-new-privs']
     if os.geteuid(): return tie
     uid = str(random.SystemRandom().randrange(61184, 65520)) # As systemd's dynamic users
-    groups = ['--groups', str(os.stat('/dev/kvm').st_gid)] if kvm else ['--clear-groups']
+    groups = ['--groups', str(os.stat('/dev/kvm').st_gid)] if kvm and os.stat('/dev/kvm').st_gid else ['--clear-groups']
     return [*tie, '--reuid', uid, '--regid', uid, *groups, '--bounding-set=-all', '--inh-caps=-all']
 
 class Qemu:
@@ -380,7 +380,7 @@ class VMNS(RemoteNS):
 def _kvm(): # May QEMU, as the user that it will run as, use KVM?
     if not os.path.exists('/dev/kvm'): return False
     if os.geteuid(): return os.access('/dev/kvm', os.R_OK | os.W_OK)
-    return os.stat('/dev/kvm').st_mode & 0o060 == 0o060
+    return any(os.stat('/dev/kvm').st_mode & o == o for o in (0o060, 0o006))
 
 def _bad_kvm(): # A file; that it is there says that KVM did not work since this machine was booted
     boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
