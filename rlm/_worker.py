@@ -212,11 +212,11 @@ class Worker:
         return out[0]
     def do_metadata(self, head, raw):
         m = self.guarded(lambda: repl.QueryMetadata(self.ns[head['name']]))
-        return dict(type=m.context_type, lengths=m.context_lengths), b''
+        return dict(value=dict(type=m.context_type, lengths=m.context_lengths)), b''
     def do_repr(self, head, raw):
         text = self.guarded(lambda: repr(self.ns[head['name']]))
         n = head['chars']
-        return dict(kind='str'), (text if len(text) <= n else f'{text[:n]}... [{len(text) - n:,} characters cut]').encode('utf-8', 'surrogatepass')
+        return dict(value=text if len(text) <= n else f'{text[:n]}... [{len(text) - n:,} characters cut]'), b''
     def do_get(self, head, raw): return encode(self.ns[head['name']], head['name'])
     def do_set(self, head, raw):
         value = decode(head, raw)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SessionLost', 'SandboxError', 'Session', 'RemoteNS', 'ProcessLink', 'Group', 'group_places', 'Sandbox']
 
-# %% ../nbs/08_sandbox.ipynb #368b2f21
-import contextvars, functools, glob, inspect, itertools, json, os, random, shutil, signal, subprocess, sys, threading, time, weakref
+# %% ../nbs/08_sandbox.ipynb #2c6c653e
+import contextvars, functools, glob, inspect, itertools, json, os, random, shutil, signal, subprocess, sys, tempfile, threading, time, weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future
@@ -26,7 +26,7 @@ class SessionLost(RLMError):
 class SandboxError(RLMError):
     "There is no sandbox to be had here; says what to do about it."
 
-# %% ../nbs/08_sandbox.ipynb #a8b33d8e
+# %% ../nbs/08_sandbox.ipynb #6c6434b2
 class Session:
     "A worker as the host sees it: what it was asked, what it asks, and how it ended."
     def __init__(self,
@@ -61,10 +61,10 @@ class Session:
         while True:
             now, ends = time.monotonic(), min((o for o in (deadline, self.stop_at) if o is not None), default=None)
             if ends is not None and now > ends: self.end('it did not stop in time, and its process was killed')
-            elif not self.link.alive(): self.end()
             elif self.stop_at: self.interrupt()
             try: return fut.result(.2 if ends is None else min(max(ends - now, .01), .2))
-            except TimeoutError: pass # Not yet
+            except TimeoutError:
+                if not self.link.alive(): self.end() # And something that it started holds on to the pipe
     def interrupt(self):
         "Interrupt the block that runs. It has `grace` seconds to end."
         if not (job := self.job): return
@@ -77,11 +77,11 @@ class Session:
         if os.getpid() != self.pid: return # A fork has no business here
         with self.lock:
             if self.lost: return
-            self.lost = why or f'its process ended {self.link.kill(True)}'
-        if why: self.link.kill(False)
-        self.wire.close()
-        for fut in list(self.pending.values()): fut.set_exception(SessionLost(self.lost))
-        for thread in list(self.calls.values()): thread.interrupt()
+            how = self.link.kill(wait=not why)
+            self.lost = why or f'its process ended {how}'
+            self.wire.close()
+            for fut in list(self.pending.values()): fut.set_exception(SessionLost(self.lost))
+            for thread in list(self.calls.values()): thread.interrupt()
     def _read(self): # The reader thread: what is odd ends the session
         try:
             while True: self._take(*self.wire.recv())
@@ -107,9 +107,8 @@ class Session:
         self.calls[n] = thread
         fut = thread.submit(lambda: context.run(_called, owner.host_function(name), block, args, kwargs))
         fut.add_done_callback(lambda fut: self._answer(n, fut))
-        thread.close()
     def _answer(self, n, fut):
-        self.calls.pop(n, None)
+        self.calls.pop(n).close()
         try: reply = dict(error=describe(e)) if (e := fut.exception()) else _as_reply(fut.result())
         except (TypeError, ValueError) as e: reply = dict(error=describe(TypeError(f'the host returned {e}, and only what JSON can hold goes in')))
         with suppress(BrokenPipeError): # The session is over, and who waits inside with it
@@ -142,7 +141,7 @@ def _signature(f): # As text, or '' for what has none
     try: return str(inspect.signature(f))
     except (TypeError, ValueError): return ''
 
-# %% ../nbs/08_sandbox.ipynb #79e4ad07
+# %% ../nbs/08_sandbox.ipynb #1b3bbeca
 class RemoteNS(MutableMapping):
     "A namespace whose code runs elsewhere. A kind of it has `_open`, which starts a worker, and `child`."
     def __init__(self,
@@ -151,23 +150,25 @@ class RemoteNS(MutableMapping):
     ):
         self.host_methods, self.max_value, self.cap = dict(host_methods or {}), max_value, max_value * 2**20 + 2**16
         self.scaffold, self.contexts, self.functions = None, {}, {}
-        self._session, self._gone, self._closed, self._pid = None, False, False, os.getpid()
+        self._session, self._final, self._gone, self._closed, self._pid = None, None, False, False, os.getpid()
         self._lock, self._running = threading.RLock(), threading.Lock()
     @abstractmethod
     def _open(self): "A link to a new worker; see Session."
     @abstractmethod
     def child(self): "A new namespace of the same kind."
     def _live(self): # The session; a new one, with all that belongs in it, where the last was lost
+        if os.getpid() != self._pid: raise RuntimeError('this namespace belongs to the process that made it; make a new one after a fork')
         with self._lock:
-            if os.getpid() != self._pid: raise RuntimeError('this namespace belongs to the process that made it; make a new one after a fork')
             if self._closed: raise RuntimeError('this namespace is closed')
             if self._session and not self._session.lost: return self._session
             self._gone = self._gone or bool(self._session and not self._session.told)
             s = self._session = Session(self._open(), self)
-            weakref.finalize(self, s.end, 'it was closed')
-            self._start(s)
+            if self._final: self._final.detach()
+            self._final = weakref.finalize(self, s.end, 'it was closed')
+            try: self._start()
+            except BaseException: s.end('it was not ready'); raise
             return s
-    def _start(self, s):
+    def _start(self): # Fill a new session
         try: self._ask('start', host_call=bool(self.host_methods))
         except SessionLost as e: raise SandboxError(f'the worker did not start: {e}') from None
         names = {}
@@ -177,11 +178,19 @@ class RemoteNS(MutableMapping):
         if self.scaffold and not self.scaffold.active: self._ask('unbind')
     def _ask(self, op, raw=b'', **head): # A request about data; while no block runs it has a minute
         s = self._live()
-        fut = s.request(op, raw, **head)
-        while True:
-            head, raw = s.wait(fut, None if s.job else time.monotonic() + 60)
-            if head.get('error'): raise _remade(head['error'])
-            return head, raw
+        head, raw = s.wait(s.request(op, raw, **head), None if s.job else time.monotonic() + 60)
+        if head.get('error'): raise _remade(head['error'])
+        return head, raw
+    def _value(self, op, want, **head): # The same for a reply that is one value of this type
+        value = self._ask(op, **head)[0].get('value')
+        if type(value) is want: return value
+        with self._honest(self._session): raise TypeError(f'a reply of type {type(value).__name__}')
+    @contextmanager
+    def _honest(self, s): # Around what reads a reply: what makes no sense ends the session
+        try: yield
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
+            s.end(f'it broke the protocol and was killed ({head_tail(str(e), 200)})')
+            raise SessionLost(s.lost) from None
     def _tell(self, op, raw=b'', **head): # A request that a session which is lost need not hear of
         if self._session and not self._session.lost:
             with suppress(SessionLost): self._ask(op, raw, **head)
@@ -190,11 +199,11 @@ class RemoteNS(MutableMapping):
         self._ask('set', raw, names=names, **head)
     def __getitem__(self, name):
         head, raw = self._ask('get', name=name)
-        return decode(head, raw)
+        with self._honest(self._session): return decode(head, raw)
     def __setitem__(self, name, value): self._put([_checked(name)], value)
     def __delitem__(self, name): self._ask('del', name=name)
-    def __contains__(self, name): return isinstance(name, str) and self._ask('has', name=name)[0]['value'] is True
-    def __iter__(self): return iter([o for o in self._ask('keys')[0]['value'] if isinstance(o, str)])
+    def __contains__(self, name): return isinstance(name, str) and self._value('has', bool, name=name)
+    def __iter__(self): return iter([o for o in self._value('keys', list) if isinstance(o, str)])
     def __len__(self): return len(list(iter(self)))
     def clear(self):
         for k in self: del self[k]
@@ -207,7 +216,7 @@ class RemoteNS(MutableMapping):
         chars:int=10_000, # Characters of it, at most
     )->str:
         "The `repr` of a variable, made inside: for what cannot come out itself."
-        return decode(*self._ask('repr', name=name, chars=chars))
+        return self._value('repr', str, name=name, chars=chars)
     def interrupt(self):
         "Interrupt the block that runs, from another thread; the variables stay. What goes on all the same is killed after `grace` seconds."
         if self._session: self._session.interrupt()
@@ -258,7 +267,7 @@ class RemoteNS(MutableMapping):
         self._tell('rebind', raw, name=name, **head)
     def visible(self)->dict: # Name -> summary
         "As `repl.visible`."
-        return _texts(self._ask('visible')[0]['value'], 10_000)
+        return _texts(self._value('visible', dict), 10_000)
     def bind_context(self,
         context, # As for `repl.bind_context`
         name:str='context', # Its variable
@@ -267,16 +276,17 @@ class RemoteNS(MutableMapping):
         same = context is not None and self.contexts.get(name) is context
         send = not (context is None or same and isinstance(context, (str, bytes)))
         head, raw = encode(context, name) if send else ({}, b'')
-        n = self._ask('context', raw, name=name, same=same, **head)[0]['value']
+        n = self._value('context', int, raw=raw, name=name, same=same, **head)
         repl.bind_context(self.contexts, context, name)
         return n
     def context_metadata(self,
         name:str='context', # Its variable
     )->QueryMetadata:
         "As `repl.context_metadata`: measured inside."
-        head, m = self._ask('metadata', name=name)[0], QueryMetadata(None)
-        m.context_type, m.context_lengths = str(head['type'])[:100], [int(o) for o in head['lengths']]
-        m.context_total_length = sum(m.context_lengths)
+        d, m = self._value('metadata', dict, name=name), QueryMetadata(None)
+        with self._honest(self._session):
+            m.context_type, m.context_lengths = str(d['type'])[:100], [int(o) for o in d['lengths']]
+            m.context_total_length = sum(m.context_lengths)
         return m
     def exec_code(self,
         code:str, # As for `repl.exec_code`, and so the rest
@@ -299,7 +309,7 @@ class RemoteNS(MutableMapping):
                 stopped = e
                 s.interrupt()
                 head, _ = s.wait(fut)
-            res = _result(head, max_output)
+            with self._honest(s): res = _result(head, max_output)
         except SessionLost as e: res = REPLResult(stderr=f'SessionLost: {e}. What it had printed is lost too.\n', error=f'SessionLost: {e}'); self._gone = s.told = True
         except BaseException: s.end('it was interrupted twice and killed'); raise
         finally: block.open = False; s.job, s.block, s.context, s.stop_at = 0, None, None, None
@@ -311,20 +321,20 @@ class RemoteNS(MutableMapping):
         there = ', '.join(f'`{o}`' for o in self.contexts)
         return 'The process of this REPL had to start anew: all variables that you made are gone.' + (f' There again: {there}.' if there else '')
 
-# %% ../nbs/08_sandbox.ipynb #4b7415a2
+# %% ../nbs/08_sandbox.ipynb #e8b2aa5e
 def _checked(name): # A name for a variable
     if not isinstance(name, str): raise TypeError(f'the name of a variable must be a str, not a {type(name).__name__}')
     return name
 
 def _result(head, n): # A block's result, from data that is not trusted
-    if head.get('error') and not isinstance(head['error'], str): raise _remade(head['error'])
+    if isinstance(head.get('error'), dict): head = dict(stderr=f'{_remade(head["error"])}\n', error=str(_remade(head['error'])))
     final, text = head.get('final'), lambda k, most: str(head.get(k) or '')[:most]
     res = REPLResult(text('stdout', n + 100), text('stderr', n + 100), _texts(head.get('locals') or {}, 100), error=text('error', 100_000) or None)
     res.notes = [str(o)[:2000] for o in (head.get('notes') or [])[:20]]
     if isinstance(final, dict): res.final_answer = FinalAnswer(final.get('value', str(final.get('text'))), str(final.get('text')))
     return res
 
-# %% ../nbs/08_sandbox.ipynb #188b0666
+# %% ../nbs/08_sandbox.ipynb #3aec1dce
 _spawner = CodeThread() # A child that is to die with its parent dies with the thread that started it: this one stays
 
 def _new_spawner():
@@ -342,8 +352,11 @@ class ProcessLink:
     ):
         (r_in, w_in), (r_out, w_out) = os.pipe(), os.pipe()
         self.cleanup = cleanup
-        try: self.proc = _spawner.submit(lambda: subprocess.Popen(argv, stdin=r_in, stdout=w_out, stderr=subprocess.PIPE, env=env, start_new_session=True)).result()
-        finally: os.close(r_in); os.close(w_out)
+        def start():
+            try: return subprocess.Popen(argv, stdin=r_in, stdout=w_out, stderr=subprocess.PIPE, env=env, start_new_session=True)
+            finally: os.close(r_in); os.close(w_out)
+        try: self.proc = _spawner.submit(start).result()
+        except BaseException: os.close(w_in); os.close(r_out); raise # A worker that reads nothing ends
         self.wire = Wire(r_out, w_in, cap)
     def alive(self)->bool: return self.proc.poll() is None
     def kill(self,
@@ -390,7 +403,7 @@ def _environment(venv=None): # Nothing of the caller's
     path = ':'.join(filter(None, (venv and f'{venv}/bin', '/usr/bin', '/bin')))
     return dict(PATH=path, HOME='/tmp', USER='rlm', LANG='C.UTF-8', MALLOC_ARENA_MAX='2')
 
-# %% ../nbs/08_sandbox.ipynb #84a49333
+# %% ../nbs/08_sandbox.ipynb #85b8248a
 def _mounts(): # (kind, folder of this process in it, controllers) for each tree of control groups
     own = {o: p for _, os_, p in (l.rstrip('\n').split(':', 2) for l in open('/proc/self/cgroup')) for o in os_.split(',')}
     for line in open('/proc/self/mountinfo'):
@@ -427,13 +440,15 @@ class Group:
         "A shell joins, and then becomes the command."
         return ['/bin/sh', '-c', 'for d in $1; do echo 0 > "$d/cgroup.procs" || exit 96; done; shift; exec "$@"', 'sh', ' '.join(map(str, self.dirs)), *argv]
     def remove(self):
-        "Remove it, once the last process in it is gone."
+        "End what is in it, and remove it."
         end = time.monotonic() + 5
         for d in self.dirs:
             while d.exists():
                 try: d.rmdir()
-                except OSError:
+                except OSError: # Processes that are ending are still in it
                     if time.monotonic() > end: raise
+                    for pid in (d/'cgroup.procs').read_text().split():
+                        with suppress(ProcessLookupError): os.kill(int(pid), signal.SIGKILL)
                     time.sleep(.005)
 
 # %% ../nbs/08_sandbox.ipynb #e3bf4d37
@@ -506,28 +521,52 @@ def _open_bwrap(box): # A worker under bubblewrap
     try: return ProcessLink(group.command(argv), _environment(), box.cap, group.remove)
     except BaseException: group.remove(); raise
 
-# %% ../nbs/08_sandbox.ipynb #5d698b38
+# %% ../nbs/08_sandbox.ipynb #f1bffd82
+def _bundle(box, home): # What runsc wants to know: a folder with our files, and a description
+    shutil.copytree(_home, f'{home}/root/rlm/rlm', ignore=lambda d, names: [o for o in names if o not in _files])
+    uid = random.SystemRandom().randrange(61184, 65520)
+    binds = ['/usr', *(o for o in ('/lib', '/lib64', '/bin') if os.path.exists(o)), *_prefixes(box)]
+    mounts = [dict(destination=o, source=os.path.realpath(o), type='bind', options=['ro', 'rbind']) for o in binds]
+    mounts += [dict(destination=o, source='tmpfs', type='tmpfs', options=[f'size={box.disk}m', 'mode=1777']) for o in ('/tmp', '/dev/shm')]
+    process = dict(user=dict(uid=uid, gid=uid), cwd='/tmp', noNewPrivileges=True, capabilities={}, env=[f'{k}={v}' for k, v in _environment(box.venv).items()],
+        args=_command(_python(box.venv), '/rlm', box.cap, limits=dict(CORE=0)))
+    cfg = dict(ociVersion='1.0.0', hostname='sandbox', root=dict(path='root', readonly=True), process=process, mounts=[dict(destination='/proc', source='proc', type='proc'), *mounts],
+        linux=dict(namespaces=[dict(type=o) for o in ('pid', 'network', 'ipc', 'uts', 'mount')]))
+    Path(home, 'config.json').write_text(json.dumps(cfg))
+
+def _open_gvisor(box): # A worker under gVisor
+    runsc, places = _program('runsc', 'runsc'), group_places()
+    if os.geteuid() or not places: raise SandboxError('gVisor is for root here, with control groups; use `bwrap`')
+    home, group = tempfile.mkdtemp(prefix='rlm-'), Group(places, box.memory * 2**20, 2 * box.processes + 100) # Each process inside has more than one outside
+    def remove(): group.remove(); shutil.rmtree(home)
+    try:
+        _bundle(box, home)
+        argv = [runsc, '--root', f'{home}/state', '--network=none', '--ignore-cgroups', 'run', '--bundle', home, group.dirs[0].name]
+        return ProcessLink(group.command([_program('setpriv', 'util-linux'), '--pdeathsig', 'SIGKILL', '--', *argv]), _environment(), box.cap, remove)
+    except BaseException: remove(); raise
+
+# %% ../nbs/08_sandbox.ipynb #8eaedbdf
 def _open_process(box): # The plain process
     argv = _command(_python(box.venv), os.path.dirname(_home), box.cap, pid=os.getpid(), limits=dict(CORE=0, DATA=box.memory * 2**20))
     return ProcessLink(argv, _environment(box.venv), box.cap)
 
-_kinds = dict(bwrap=_open_bwrap, process=_open_process)
+_kinds = dict(bwrap=_open_bwrap, process=_open_process, gvisor=_open_gvisor)
 
-# %% ../nbs/08_sandbox.ipynb #1f1b3331
+# %% ../nbs/08_sandbox.ipynb #3755bd4f
 class Sandbox(RemoteNS):
-    "A namespace in a process of its own: `bwrap` locks it down, `process` does not."
+    "A namespace in a process of its own: `bwrap` and `gvisor` lock it down, `process` does not."
     def __init__(self,
-        kind:str='bwrap', # `bwrap`, by bubblewrap; or `process`, which is no security boundary
+        kind:str='bwrap', # `bwrap`, by bubblewrap; `gvisor`, by runsc; or `process`, which is no security boundary
         *,
         memory:int=1024, # MB
         processes:int=128, # Processes and threads
         disk:int=256, # MB in /tmp
-        venv:str|None=None, # A venv whose packages it sees; None is Python alone
+        venv:str|None=None, # A venv whose packages it sees; None is the Python that this one is made from
         host_methods:Mapping|None=None, # Name -> function that code inside may call as `host_call(name, payload)`
         max_value:int=64, # MB that one value, or one answer, may have on its way out
     ):
         super().__init__(host_methods, max_value)
-        self.kind, self.memory, self.processes, self.disk, self.venv = kind, memory, processes, disk, venv
+        self.kind, self.memory, self.processes, self.disk, self.venv = kind, memory, processes, disk, venv and os.path.abspath(venv)
         if kind not in _kinds: raise ValueError(f'there is no kind {kind!r}; there are: {", ".join(_kinds)}')
         self._live()
     def child(self): return Sandbox(self.kind, memory=self.memory, processes=self.processes, disk=self.disk, venv=self.venv, host_methods=self.host_methods, max_value=self.max_value)
