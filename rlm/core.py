@@ -144,6 +144,11 @@ def _opened(o, kind): # The log or the store: a path is opened here
     from rlm import trace
     return getattr(trace, kind)(o)
 
+def _spans(): # What makes spans of events, where the program has loaded OpenTelemetry
+    if 'opentelemetry.trace' not in sys.modules: return
+    from rlm.otel import observer
+    return observer()
+
 # %% ../nbs/05_core.ipynb #ec5e731c
 class Run:
     "One run of the tree, and the sub-call functions of its namespace."
@@ -168,7 +173,7 @@ class Run:
         self.late = [] # Calls during a block by threads that an earlier block had started
         self.call, self.asked, self.lock = call, Counter(), threading.Lock()
         self.path = f'{parent.path}/{parent.take(call.root_model, call.prompt)}' if parent else ''
-        self.log, self.store = (parent.log, parent.store) if parent else (_opened(cfg.log, 'RunLog'), _opened(cfg.store, 'CallStore'))
+        self.log, self.store, self.spans = (parent.log, parent.store, parent.spans) if parent else (_opened(cfg.log, 'RunLog'), _opened(cfg.store, 'CallStore'), None)
     def tell(self, name, f, *args): # Call a callback; what it raises changes nothing here, unless the log cannot be written as it should
         if f is None: return
         with outside_block():
@@ -180,6 +185,7 @@ class Run:
     def emit(self, kind, phase='end', **data):
         e = Event(kind, phase, self.depth, data, self.path)
         self.tell('log', self.log and self.log.on_event, e)
+        self.tell('OpenTelemetry', self.spans, e)
         self.tell('on_event', self.cfg.on_event, e)
     def take(self, *what): # Names a request: its digest, and how often this run has made the same one before
         key = request_digest(*what)
@@ -418,7 +424,7 @@ def _close(run): # What was opened for this run alone
     for name in ('log', 'store'):
         o = getattr(run, name)
         if o is not getattr(run.cfg, name): o.close()
-    run.log = run.store = None
+    run.log = run.store = run.spans = None
 
 @contextmanager
 def running(
@@ -431,6 +437,7 @@ def running(
     run.t = _prepare(run, query, context, shown)
     kind = 'child' if run.parent else 'run'
     about = context if context is not None or not isinstance(run.ns, dict) else run.ns[run.cfg.protocol.context_name]
+    if not run.parent: run.spans = _spans()
     try:
         run.emit(kind, 'start', query=query, context=about, engine=run)
         yield run.t
