@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, preview)
-from .lm import LM, LMError, RLMError, Usage, get_lm, in_thread, on_loop, run_sync
+from .lm import LM, LMError, RLMError, Underway, Usage, get_lm, in_thread, on_loop, run_sync
 from .limits import Clock, Ledger, LimitExceeded, Limits, check_price, make_limits, metered
 from .loop import Ask, Trajectory, adrive, drive, rlm_steps
-from .repl import (BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, outside_block, rebind, scaffold_of,
-    summarize, unbind, visible)
+from .repl import (BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, interruptible, outside_block, rebind, scaffold_of,
+    shielded, summarize, unbind, visible)
 
 # %% ../nbs/05_core.ipynb #7f4ca9d1
 _all_ = ['exec_code', 'Limits', 'LimitExceeded', 'LMError', 'RLMError']
@@ -167,9 +167,9 @@ class Run:
         self.clock = Clock('per_child_timeout', self.limits.per_child_timeout, parent.clock) if parent else Clock(seconds=self.limits.timeout)
         timed = self.clock.left() is not None or self.limits.block_timeout is not None
         off_main = threading.current_thread() is not threading.main_thread()
-        self.thread = CodeThread() if own_thread or timed and off_main else None
+        self.thread = CodeThread() if own_thread or off_main and (timed or parent) else None
         self.t, self.t0, self.over, self.result, self.children = None, time.perf_counter(), False, None, []
-        self.flying, self.live = set(), {} # Calls under way; children under way, with their threads
+        self.underway = Underway() # Calls and batches of children
         self.late = [] # Calls during a block by threads that an earlier block had started
         self.call, self.asked, self.lock = call, Counter(), threading.Lock()
         self.path = f'{parent.path}/{parent.take(call.root_model, call.prompt)}' if parent else ''
@@ -195,9 +195,8 @@ class Run:
         "Stop what is under way, in this run and below."
         self.over = True
         if hasattr(self.ns, 'interrupt'): self.ns.interrupt()
-        for fut in list(self.flying): fut.cancel()
-        for child, thread in list(self.live.items()): child.cancel(); thread.interrupt()
-        if self.thread: self.thread.interrupt()
+        self.underway.cancel()
+        if self.thread: self.thread.stop()
     async def ask(self):
         "The call for one turn."
         if self.over: raise RLMError('this run is over')
@@ -218,6 +217,7 @@ class Run:
         return reply
     def execute(self, step):
         "Run one block. A time limit of the whole run ends it too, but leaves a second, for a draft of the answer to be read."
+        if self.over: raise RLMError('this run is over')
         left = self.clock.left()
         timeout = min((o for o in (self.limits.block_timeout, left and max(left, 1.)) if o is not None), default=None)
         self.emit('block', 'start', code=step.code)
@@ -261,7 +261,7 @@ def _subcalls(run, prompts, model, answer_all): # The replies to `prompts`
         lm = run.sub if model is None else run.sub.other(model)
         calls = [RLMChatCompletion(lm.name, o, '') for o in prompts]
         (block.calls if block is not None and block.open else run.late).extend(calls)
-        answer_all(run, calls, lm)
+        shielded(answer_all, run, calls, lm)
     n = run.limits.result_truncation_limit
     return [c.response if n is None or isinstance(c.response, SubcallError) else head_tail(c.response, n) for c in calls]
 
@@ -292,7 +292,7 @@ def run_here(
     coro, # Coroutine
 ): # Its result
     "Run `coro` on the background loop for `run`. If the run is cancelled meanwhile, so is `coro`, and the block that waits ends."
-    try: return run_sync(coro, run.flying)
+    try: return run_sync(coro, run.underway)
     except CancelledError: raise BlockTimeout('cancelled') from None
 
 # %% ../nbs/05_core.ipynb #6418505d
@@ -304,14 +304,14 @@ def _child_ns(run): # A namespace for as long as a child runs
     finally:
         if hasattr(ns, 'close'): ns.close()
 
-def _run_child(run, call, lm, thread): # Fill in one call by a child run
+def _run_child(run, call, lm, batch): # Fill in one call by a child run
+    if batch.over: raise RLMError('the batch of this child is over')
     run.ledger.start_child()
     with _child_ns(run) as ns:
         child = Run(run.cfg.for_child(lm), ns, run, call=call)
-        run.live[child] = thread
-        try: finish(child, preview(call.prompt), call.prompt, shown=len(call.prompt) <= 2000)
+        try:
+            with batch.holding(child): finish(child, preview(call.prompt), call.prompt, shown=len(call.prompt) <= 2000)
         finally:
-            run.live.pop(child)
             if child.result: run.children.append(child.result); call.usage_summary = child.result.usage
     res = child.result
     if res.answer is None: raise RLMError(f'child timeout after {res.seconds:.1f}s' if res.stop == 'timeout'
@@ -324,21 +324,19 @@ def _run_all(run, calls, lm): # Fill in all of them by child runs, side by side
     for c in calls[:most]: todo.put(c)
     for c in calls[len(calls[:most]):]:
         with _recorded(run, c): raise LimitExceeded('max_children_per_batch', most, len(calls))
-    threads = [CodeThread() for _ in range(min(todo.qsize(), run.limits.max_concurrency))]
-    def work(thread):
+    batch = Underway()
+    def work():
         while True:
             try: call = todo.get_nowait()
             except Empty: return
-            with _recorded(run, call): _run_child(run, call, lm, thread)
-    futs = [o.submit(lambda o=o: work(o)) for o in threads]
-    try:
-        while wait(futs, .2).not_done: pass # As in `run_sync`: wake now and then
-    except BaseException:
-        while not todo.empty(): todo.get()
-        for child, thread in list(run.live.items()): child.cancel(); thread.interrupt()
-        raise
-    finally:
-        for o in threads: o.close()
+            with _recorded(run, call): _run_child(run, call, lm, batch)
+    threads = [CodeThread() for _ in range(min(todo.qsize(), run.limits.max_concurrency))]
+    futs = [o.submit(work) for o in threads]
+    for o in threads: o.close()
+    with run.underway.holding(batch):
+        try:
+            while interruptible(wait, futs, .2).not_done: pass # As in `run_sync`: wake now and then
+        except BaseException: batch.cancel(); raise
     for f in futs: f.result() # A defect of ours would show here
 
 # %% ../nbs/05_core.ipynb #a3e9b72b
@@ -451,7 +449,7 @@ def running(
         _remember(run, question=query, answer=run.result.answer)
         unbind(run.ns)
         if run.thread: run.thread.close()
-        run.ledger, run.clock = Ledger(Limits(max_depth=run.limits.max_depth)), Clock() # For a person who goes on calling its functions
+        run.ledger, run.clock, run.underway = Ledger(Limits(max_depth=run.limits.max_depth)), Clock(), Underway() # For a person who goes on calling its functions
         run.emit(kind, result=run.result)
         if not run.parent: _close(run)
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['current_block', 'grace', 'CappedText', 'Block', 'outside_block', 'summarize', 'summarize_ns', 'show_vars',
            'BlockTimeout', 'Answer', 'Scaffold', 'here_or_there', 'scaffold_of', 'bind', 'rebind', 'unbind', 'visible',
-           'bind_context', 'context_metadata', 'begin', 'settle', 'describe_error', 'CodeThread', 'exec_code']
+           'bind_context', 'context_metadata', 'begin', 'settle', 'describe_error', 'Gate', 'interruptible', 'shielded',
+           'CodeThread', 'exec_code']
 
 # %% ../nbs/01_repl.ipynb #41296eea
 import ast, builtins, codecs, contextvars, ctypes, functools, itertools, json, linecache, os, random, signal, subprocess, sys, threading, time, traceback
@@ -356,46 +357,112 @@ def describe_error(
     try: return ''.join(te.format()), last
     except Exception: return f'{last}\n', last
 
+# %% ../nbs/01_repl.ipynb #8cea33a9
+_set_exc = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+class Gate:
+    "Where what interrupts a thread from outside comes in, and when."
+    def __init__(self): self.open, self.wanted, self.ident = False, None, None
+    def run(self,
+        f, # What may be interrupted
+        *args, # For it
+    ): # Its result
+        "Call `f` with the gate open."
+        was, self.open = self.open, True
+        try:
+            if self.wanted: self.wanted()
+            return f(*args)
+        finally: # Python looks for an interrupt only after calls and in loops, so none comes between the next two lines
+            self.open = was
+            if self.ident: _set_exc(self.ident, None) # One that was on its way
+    def shut(self,
+        f, # What may not be interrupted, but where it calls `interruptible`
+        *args, # For it
+    ): # Its result
+        "Call `f` with the gate shut."
+        was, self.open = self.open, False
+        try: return f(*args)
+        finally: self.open = was
+    def interrupt(self):
+        "Raise BlockTimeout in the thread: at once if the gate is open, and whenever it opens from now on."
+        self.wanted = self._time_is_up
+        if self.open and self.ident: _set_exc(self.ident, _timeout)
+    def _time_is_up(self): raise BlockTimeout
+    def at_signal(self,
+        f, # f(number, frame), which may raise
+    ): # For `signal.signal`
+        "A handler that calls `f` when the gate is open."
+        def handle(num, frame):
+            self.wanted = None if self.open else lambda: handle(num, frame)
+            if self.open: f(num, frame)
+        return handle
+
+_timeout = ctypes.py_object(BlockTimeout)
+
+class _Mine(threading.local):
+    def __init__(self): self.gate = Gate()
+_mine = _Mine() # The gate of the thread that looks
+
+def interruptible(
+    f, # Foreign code, or a function that waits
+    *args, # For it
+): # Its result
+    "Call `f`; what is to interrupt this thread may come meanwhile, and what has been waiting comes first."
+    return _mine.gate.run(f, *args)
+
+def shielded(
+    f, # A function of the engine that foreign code calls
+    *args, # For it
+): # Its result
+    "Call `f`; what is to interrupt this thread waits until it is done or calls `interruptible`."
+    return _mine.gate.shut(f, *args)
+
 # %% ../nbs/01_repl.ipynb #b997a3fb
 grace = 2. # Seconds that a block has to end after it was interrupted
 
-def _on_main(block, job, timeout): # Run `job` on the main thread; returns (exception or None, Ctrl-C seen)
-    seen, err, t0 = [], None, time.monotonic()
+@contextmanager
+def _timer(seconds, f): # A signal calls `f(number, frame)` after `seconds`, and every .05 s from then on; None is never
+    if seconds is None: yield; return
+    before, t0 = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic() # Of a block around this one: the shorter of the two counts
+    old_f = signal.signal(signal.SIGALRM, f)
+    old = signal.setitimer(signal.ITIMER_REAL, max(min(seconds, before or seconds), .001), .05)
+    try: yield
+    finally:
+        left = old[0] and max(old[0] - (time.monotonic() - t0), .001)
+        signal.setitimer(signal.ITIMER_REAL, 0); signal.signal(signal.SIGALRM, old_f)
+        signal.setitimer(signal.ITIMER_REAL, left, old[1])
+
+def _on_main(job, timeout): # Run `job` on the main thread; returns (exception or None, Ctrl-C seen)
+    gate, outer, seen, err, t0 = Gate(), _mine.gate, [], None, time.monotonic()
     def on_int(num, frame):
-        seen.append(num)
         if callable(old_int): old_int(num, frame)
         raise KeyboardInterrupt
     def on_alarm(num, frame):
-        if not block.open: return
         if time.monotonic() - t0 > timeout + grace: # It swallows what is raised: raise again while its `except` clause runs
             signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 1.5e-5), .01)
         raise BlockTimeout(f'stopped after {timeout:g} s')
-    old_int = signal.signal(signal.SIGINT, on_int)
-    if timeout is not None:
-        outer = signal.getitimer(signal.ITIMER_REAL)[0] # Of a block around this one: the shorter of the two counts
-        old_alarm, first = signal.signal(signal.SIGALRM, on_alarm), min(timeout, outer or timeout)
-        old_timer = signal.setitimer(signal.ITIMER_REAL, max(first, .001), .05)
+    handle_int = gate.at_signal(on_int)
+    old_int = signal.signal(signal.SIGINT, lambda num, frame: seen.append(num) or handle_int(num, frame))
+    _mine.gate = gate
     try:
-        job()
-        block.open = False # From here on the timer is silent
-    except BaseException as e: block.open = False; err = e
+        with _timer(timeout, gate.at_signal(on_alarm)): job()
+    except BaseException as e: err = e
     finally:
+        _mine.gate = outer
         signal.signal(signal.SIGINT, old_int)
-        if timeout is not None:
-            left = old_timer[0] and max(old_timer[0] - (time.monotonic() - t0), .001)
-            signal.setitimer(signal.ITIMER_REAL, 0); signal.signal(signal.SIGALRM, old_alarm)
-            signal.setitimer(signal.ITIMER_REAL, left, old_timer[1])
     return err, bool(seen)
 
 # %% ../nbs/01_repl.ipynb #c92adef3
 class CodeThread:
-    "A daemon thread that runs one job at a time. It can be interrupted, and a job that never ends can be left behind."
-    def __init__(self): self.jobs, self.lock, self.fut, self.thread, self.over = SimpleQueue(), threading.Lock(), None, None, False
+    "A daemon thread that runs one job at a time. A job can be interrupted, and one that never ends can be left behind."
+    def __init__(self): self.jobs, self.gate, self.thread, self.stopped, self.over = SimpleQueue(), Gate(), None, False, False
     def submit(self,
-        job, # Function without arguments
-    )->Future: # Its result
+        job, # Function without arguments; what it calls by `interruptible` can be interrupted
+    )->Future: # Its result; it has the job's `gate`
         "Run `job` after those before it."
         fut = Future()
+        fut.gate = self.gate = Gate()
+        if self.stopped: fut.gate.interrupt()
         self.jobs.put((fut, job))
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, args=[self.jobs], daemon=True, name='rlm-code')
@@ -406,22 +473,14 @@ class CodeThread:
         while True:
             fut, job = jobs.get()
             if fut is None: return
-            try:
-                with self.lock: self.fut = fut
-                try: res = job()
-                finally:
-                    with self.lock: self.fut = None
-                fut.set_result(res)
-            except BaseException as e: # The job's own, or an interrupt that came as it ended
-                if not fut.done(): fut.set_exception(e)
+            _mine.gate, fut.gate.ident = fut.gate, ctypes.c_ulong(threading.get_ident())
+            try: fut.set_result(job())
+            except BaseException as e: fut.set_exception(e)
             del fut, job
-    def interrupt(self,
-        fut:Future|None=None, # The job to interrupt, if it is the one at work; None is any
-        exc:type=BlockTimeout, # Exception class to raise in it
-    ):
-        "Raise `exc` in the thread while it works on `fut`."
-        with self.lock:
-            if self.thread and self.fut and fut in (None, self.fut): ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(exc))
+    def stop(self):
+        "Interrupt the job at work, and all that may follow."
+        self.stopped = True
+        self.gate.interrupt()
     def leave(self):
         "Let the thread end by itself once it is idle; the next job has a new one."
         if self.thread: self.jobs.put((None, None))
@@ -432,23 +491,25 @@ class CodeThread:
         self.leave()
 
 # %% ../nbs/01_repl.ipynb #a4c167a4
+def _interrupt(fut): # Interrupt a job until it has ended, for as long as it has grace
+    end = time.monotonic() + grace
+    while not fut.done() and time.monotonic() < end:
+        fut.gate.interrupt()
+        wait([fut], .05)
+
 def _on_thread(block, job, timeout, thread): # Run `job` on a CodeThread; returns its exception or None
-    fut = thread.submit(job)
-    try:
-        wait([fut], timeout)
-        end = time.monotonic() + grace
-        while not fut.done() and time.monotonic() < end:
-            thread.interrupt(fut)
-            wait([fut], .05)
-    except BaseException: # The waiting thread was interrupted itself
-        thread.interrupt(fut)
-        raise
+    t0, limit, fut = time.monotonic(), threading.TIMEOUT_MAX if timeout is None else timeout, thread.submit(job)
+    def left(): return limit - (time.monotonic() - t0)
+    try: # Wake now and then: somebody else may have interrupted it, and that has to be repeated
+        while left() > 0 and not fut.gate.wanted and interruptible(wait, [fut], min(left(), .2)).not_done: pass
+    finally: late = left() <= 0; _interrupt(fut)
     if not fut.done():
         thread.leave(); block.open = False
-        return BlockTimeout(f'time was up after {timeout:g} s, and the code could not be ended: its thread is still there')
+        why = f'time was up after {timeout:g} s' if late else 'it was interrupted'
+        return BlockTimeout(f'{why}, and the code could not be ended: its thread is still there')
     err = fut.exception()
-    if isinstance(err, BlockTimeout) and timeout is not None: return BlockTimeout(f'stopped after {timeout:g} s').with_traceback(err.__traceback__)
-    return err
+    if not isinstance(err, BlockTimeout): return err
+    return BlockTimeout(f'stopped after {timeout:g} s' if late else 'interrupted').with_traceback(err.__traceback__)
 
 # %% ../nbs/01_repl.ipynb #77deea19
 def _pump(f, text): # What is there, as it comes
@@ -474,13 +535,13 @@ def _run_bash(code, block, timeout): # Returns a BlockTimeout or None
 def _guarded(job, block, timeout, thread): # Run foreign code; returns (exception or None, Ctrl-C seen)
     def in_block():
         token = current_block.set(block)
-        try: job()
+        try: interruptible(job)
         finally: current_block.reset(token)
-    if thread: return _on_thread(block, in_block, timeout, thread), False
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, 'setitimer'): return _on_main(block, in_block, timeout)
+    if thread: return shielded(_on_thread, block, in_block, timeout, thread), False
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, 'setitimer'): return _on_main(in_block, timeout)
     own = CodeThread() if timeout is not None else None
     try:
-        if own: return _on_thread(block, in_block, timeout, own), False
+        if own: return shielded(_on_thread, block, in_block, timeout, own), False
         in_block()
         return None, False
     except BaseException as e: return e, False

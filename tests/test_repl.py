@@ -1,12 +1,12 @@
 """Hostile and unlucky code: whatever a block does, `exec_code` returns a REPLResult, and the next block, the other runs and the host are unharmed."""
-import asyncio, json, os, signal, sys, textwrap, threading, time, tracemalloc
-from concurrent.futures import ThreadPoolExecutor
+import asyncio, gc, json, os, signal, sys, textwrap, threading, time, tracemalloc
+from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 from hypothesis import given, strategies as st
 from common import HANG, at, elsewhere, forks, in_child, on_both, posix, script
 from rlm import repl
 from rlm._rlmpaper_compat import REPLResult
-from rlm.repl import CodeThread, Scaffold, bind, exec_code, show_vars, summarize, unbind
+from rlm.repl import CodeThread, Scaffold, bind, exec_code, interruptible, shielded, show_vars, summarize, unbind
 
 def run(code, ns=None, **kw): return exec_code(textwrap.dedent(code), {} if ns is None else ns, **kw)
 
@@ -436,6 +436,24 @@ def test_the_interrupt_is_raised_once_where_it_is_heard(monkeypatch):
     assert res.stdout == 'BlockTimeout\n' and 'BlockTimeout' in res.error
 
 
+
+def test_an_interrupt_reaches_only_the_codes_own_steps():
+    """Jobs that are interrupted again and again at any moment: what the engine does in the middle is done whole, each job ends with its value or by
+    the interrupt, and nothing of it reaches the next job."""
+    th, whole, ended, stop, now = CodeThread(), [], [], threading.Event(), [CodeThread().submit(int)]
+    def engine(): n = len(whole); whole.append(n); [str(i) for i in range(20)]; whole[n] = 'done'
+    def code(): [str(i) for i in range(500)]; shielded(engine); [str(i) for i in range(500)]
+    def shoot():
+        while not stop.is_set(): now[0].gate.interrupt()
+    shooter, old = threading.Thread(target=shoot), sys.getswitchinterval()
+    try:
+        gc.disable(); sys.setswitchinterval(1e-6); shooter.start() # hypothesis watches the collector: an interrupt of that is lost, with a message
+        while len(ended) < 1500 or len(set(ended)) < 2 and len(ended) < 10**5:
+            now[0] = th.submit(lambda: interruptible(code))
+            wait(now, HANG); ended.append(type(now[0].exception(0)))
+            if len(ended) % 50 == 0: assert th.submit(lambda: interruptible(engine)).exception(HANG) is None
+    finally: stop.set(); sys.setswitchinterval(old); gc.enable(); shooter.join(); th.close()
+    assert set(ended) == {type(None), repl.BlockTimeout} and set(whole) == {'done'}
 
 @posix
 def test_the_hosts_own_alarm_survives():

@@ -249,6 +249,16 @@ def cancelled(ready, **kw):
 LOOPS = dict(spin='while True: pass', print='while True: print("x" * 100)', calls='while True: llm_query("x")', batches='while True: llm_query_batched(["x"] * 20)',
     child='while True: rlm_query("child")', repr='class R:\n  def __repr__(self):\n    while True: pass\nR()')
 
+@pytest.mark.parametrize('code', LOOPS)
+def test_cancelled_while_code_loops(code, code_ended):
+    mine = lambda: 1
+    ns = dict(answer='mine', llm_query=mine, keep=[1])
+    e = cancelled(lambda: 'started' in ns, ns=ns, model=tree([block('x = 1'), block('started = True\n' + LOOPS[code])], child=['FINAL(c)']))
+    assert ns['x'] == 1 and ns['keep'] == [1]
+    if hasattr(e, 'result'): assert e.result.stop == 'interrupted' and len(e.result.iterations) >= 1
+    until(code_ended)
+    assert (ns['answer'], ns['llm_query']) == ('mine', mine)
+    check_alive(ns)
 
 def test_cancelled_while_a_call_is_in_flight():
     ns, model = dict(answer='mine'), Waits(block('x = 1'))
@@ -333,9 +343,9 @@ RUN = '''
     except KeyboardInterrupt as e:
         r = e.result
         assert r.ns is ns and ns['found'] == 5 and ns['mine'] == 1 and ns['answer'] == 'mine', ns
-        print('partial', len(r.iterations), r.stop, r.answer, r.usage.total.total_calls)
+        say(f'partial {len(r.iterations)} {r.stop} {r.answer} {r.usage.total.total_calls}')
     res = rlm_run('And?', None, ns, ScriptLM([block('found += 1'), 'FINAL_VAR(found)']))
-    print('next', res.answer, len(ns['history']))
+    say(f"next {res.answer} {len(ns['history'])}")
 '''
 
 def interrupted(body, code='llm', in_child='', times=1, **kw):
@@ -358,6 +368,14 @@ WHERE = {
     'a swallowing except': ('import time\ntry: time.sleep(100)\nexcept BaseException: print("ha")', '', 2),
 }
 
+@posix
+@pytest.mark.parametrize('where', WHERE)
+def test_ctrl_c_in_a_script(where):
+    "The partial result is there, the namespace is whole, the next run works, and the script ends."
+    code, in_child, turns = WHERE[where]
+    status, out, err = interrupted(RUN, code, in_child)
+    assert (status, err) == (0, '')
+    assert out[0].startswith(f'partial {turns} interrupted None') and out[1:] == ['next 6 2']
 
 @posix
 @pytest.mark.parametrize('where', ['a sleep', 'a call of the run', "a child's call"])
@@ -365,6 +383,19 @@ def test_ctrl_c_that_nobody_catches_ends_the_script(where):
     status, out, err = interrupted("rlm_run('Q', 'text', ns, model, **kw)", *WHERE[where][:2])
     assert status in (-signal.SIGINT, 130) and out == [] and err.rstrip().split('\n')[-1].startswith('KeyboardInterrupt')
 
+@posix
+@pytest.mark.parametrize('where', ['a sleep', 'a loop', 'a call of the run', 'a sub-call'])
+def test_ctrl_c_in_a_loop_of_ones_own(where):
+    "`asyncio.run` turns it into a cancellation; the task sees the partial result."
+    body = '''
+    async def main():
+        try: await arlm_run('Q', 'text', ns, model, **kw)
+        except asyncio.CancelledError as e: say(f'partial {len(e.result.iterations)} {e.result.stop}'); raise
+    try: asyncio.run(main())
+    except KeyboardInterrupt: say(f"over {ns['found']}")'''
+    status, out, err = interrupted(body, *WHERE[where][:2])
+    assert (status, err) == (0, '')
+    assert out == [f'partial {WHERE[where][2]} interrupted', 'over 5']
 
 @posix
 def test_ctrl_c_while_iterating():
