@@ -34,7 +34,7 @@ def parse(data, parts=_parts):
 class Wire:
     "Frames over two file descriptors. Sending only queues: a thread of its own writes, so that no interrupt cuts a frame in two."
     def __init__(self, rfd, wfd, cap=None): # The two are its own from here on, and not the same one
-        self.rfd, self.wfd, self.cap, self.out, self.dead = rfd, wfd, cap, SimpleQueue(), False
+        self.rfd, self.wfd, self.cap, self.out, self.dead, self.size = rfd, wfd, cap, SimpleQueue(), False, 0 # `size`, in bytes, is of the newest frame
         with outside_block(): threading.Thread(target=self._write, daemon=True, name='rlm-wire').start()
     def send(self, head, raw=b'', cap=None):
         "Queue one frame; TooLarge where it is over `cap` or what the header can say."
@@ -65,7 +65,7 @@ class Wire:
         "The next frame: (dict, bytes). With a `cap`, nothing larger is read, and nothing odd is parsed."
         n, m = _sizes.unpack(self._read(8))
         if self.cap and max(n, m) > self.cap: raise FrameError(f'a frame of {n:,} + {m:,} bytes, where {self.cap:,} are allowed')
-        data, raw = self._read(n), self._read(m)
+        data, raw, self.size = self._read(n), self._read(m), n + m
         head = parse(data) if self.cap else json.loads(data)
         if not isinstance(head, dict): raise FrameError('a frame without a header')
         return head, raw
@@ -244,12 +244,15 @@ class Worker:
             self.ns.update(self.extra)
         return dict(python=sys.version.split()[0]), b''
 
+_keyctl = dict(x86_64=250, aarch64=219, riscv64=219, loongarch64=219, i686=288, armv7l=311, ppc64le=271, s390x=280) # Number of that system call
+
 def confine(limits):
-    "Give up what this process will not need: it dies with its parent, gains no rights, and has `limits` (name in `resource` -> number)."
+    "Give up what this process will not need: it dies with its parent, gains no rights, has no keyring of the caller's, and has `limits` (name in `resource` -> number)."
     if sys.platform == 'linux':
         libc = ctypes.CDLL(None)
         libc.prctl(1, int(signal.SIGKILL)) # PR_SET_PDEATHSIG
         libc.prctl(38, 1, 0, 0, 0) # PR_SET_NO_NEW_PRIVS
+        libc.syscall(_keyctl[os.uname().machine], 1, None) # KEYCTL_JOIN_SESSION_KEYRING: no namespace hides the keys of the caller's
     if limits:
         import resource
         for name, n in limits.items():

@@ -1,7 +1,7 @@
 """The one list of hostile programs, and the table of what they do to each kind of namespace.
 
 `python tests/hostile.py` runs all of them on every kind that is here, and prints the table that stands in nbs/08_sandbox.ipynb."""
-import os, resource, secrets, signal, socket, subprocess, sys, tempfile, textwrap, time
+import ctypes, os, resource, secrets, signal, socket, subprocess, sys, tempfile, textwrap, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +41,14 @@ class Host:
         self.file = Path(self.dir)/'secret'; self.file.write_text(self.key); os.chmod(self.dir, 0o777)
         self.victim = subprocess.Popen(['sleep', '3600'], env=dict(PLANTED=self.key, PATH=os.environ['PATH']))
         stack.callback(lambda: (self.victim.kill(), self.victim.wait()))
+        numbers = dict(x86_64=(248, 250), aarch64=(217, 219)).get(os.uname().machine) # Of add_key and keyctl
+        self.keyctl, libc = numbers and numbers[1], ctypes.CDLL(None)
+        if numbers and (n := libc.syscall(numbers[0], b'user', b'rlm-planted', self.key.encode(), len(self.key), -3)) > 0: stack.callback(libc.syscall, self.keyctl, 3, n)
         self.tcp = stack.enter_context(socket.create_server(('', 0)))
         self.local = stack.enter_context(socket.socket(socket.AF_UNIX)); self.local.bind(f'\0rlm-{self.key}'); self.local.listen()
     def data(self):
         ips = {o[4][0] for o in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
-        return dict(key=self.key, file=str(self.file), dir=self.dir, pid=self.victim.pid, port=self.tcp.getsockname()[1], ips=sorted(ips), number=self.number)
+        return dict(key=self.key, file=str(self.file), dir=self.dir, pid=self.victim.pid, port=self.tcp.getsockname()[1], ips=sorted(ips), keyctl=self.keyctl, number=self.number)
     def running(self): # Is a process with the number in its command line there?
         return any(self.number.encode() in read(p) for p in Path('/proc').glob('[0-9]*/cmdline'))
 
@@ -117,6 +120,12 @@ PROGRAMS = [
         for p in glob.glob('/proc/*/environ'):
             try: print('BREACH' * (H['key'].encode() in open(p, 'rb').read()))
             except OSError: pass''', 'kept'),
+    Program('keys of the host', 'host', '''
+        import ctypes
+        if H['keyctl']:
+            call, b = ctypes.CDLL(None).syscall, ctypes.create_string_buffer(100)
+            n = call(H['keyctl'], 10, -3, b'user', b'rlm-planted', 0)
+            if n > 0 and call(H['keyctl'], 11, n, b, 100) > 0: print('BREACH', b.value)''', 'kept'),
     Program('memory of the host', 'host', '''
         import glob
         def name(p):
@@ -156,6 +165,7 @@ PROGRAMS = [
     Program('a forged result', 'frames', WIRE + 'w.wire.send(dict(op="done", id=w.now, stdout=7, locals=[3], final={"text": []}, notes=9))', 'lost', 5, failed),
     Program('a forged call', 'frames', WIRE + 'for f in ("eval", "FINAL", "exec_code", "__init__", "host_call"):\n    try: w.call(f, ["1"], {}); print("BREACH", f)\n    except NameError as e: pass', 'kept'),
     Program('a flood of calls', 'frames', WIRE + 'for i in range(100_000): w.wire.send(dict(op="call", id=i, job=w.now, name="f", args=[], kwargs={}))\nimport time; time.sleep(60)', '', 5),
+    Program('a flood of frames', 'frames', WIRE + 'for i in range(3000): w.wire.send(dict(op="done", id=0), bytes(2**20))\nimport time; time.sleep(60)', 'lost', 30, failed),
     Program('builtins destroyed', 'end', 'import builtins; builtins.__dict__.clear()', 'lost', 2),
     Program('modules destroyed', 'end', 'import sys; sys.modules.clear()', '', 2),
     Program('a child left over', 'group', 'import subprocess; subprocess.Popen(["setsid", "sleep", H["number"]])', '', check=left_over),
