@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from ._rlmpaper_compat import ANSWER, CodeBlock, ModelUsageSummary, NANO, PAPER, QueryMetadata, REPLResult, RLMIteration, RLMMetadata, UsageSummary, head_tail, runnable, type_name
-from .core import Event, RLMResult, Run, make_config, rlm_iter, rlm_run
-from .loop import Exec
+from .core import Event, RLMResult, Run, _child_ns, make_config, rlm_iter, rlm_run
 from .limits import Limits
 from .lm import LM, Reply, RLMError, Usage
-from .repl import Scaffold, bind, bind_context, unbind
+from .repl import Scaffold, bind, bind_context, exec_code, unbind
 try: import fcntl
 except ImportError: fcntl = None # Windows has none
 
@@ -58,18 +57,22 @@ def _new_messages(msgs, before, reply): # (how many of `before` stay, whether th
     said = msgs[n:n+1] == [dict(role='assistant', content=reply)]
     return n, said, msgs[n + said:]
 
-def _said(reply): return dict(role='assistant', content=reply if reply.strip() else '(empty reply)')
+def _join(msgs, join, reply, new): # Bring a conversation, in place, to where the next turn is asked
+    n, said = join
+    del msgs[n:]
+    if said: msgs.append(dict(role='assistant', content=reply if reply.strip() else '(empty reply)'))
+    msgs += new
 
 # %% ../nbs/06_trace.ipynb #f0b3150d
-@dataclass
+@dataclass(repr=False)
 class LoggedRun:
     "A run as its log tells it."
     metadata: RLMMetadata # How it was set up
     iterations: list # An RLMIteration for each turn; `prompt` is the list of messages that were new
     info: dict = field(default_factory=dict) # What else the log says: query, context's digest, limits, times, and how it ended
     path: Path|None = None # The file
-    branches: list = field(default_factory=list, repr=False) # Lists of turns that were recorded first and then went another way
-    _lines: list = field(default_factory=list, repr=False) # For each turn what else its line says, with `join`: how many messages stay, whether the reply follows
+    branches: list = field(default_factory=list) # Lists of turns that were recorded first and then went another way
+    _lines: list = field(default_factory=list) # For each turn what else its line says, with `join`: how many messages stay, whether the reply follows
     @property
     def answer(self)->str|None: # The answer's text
         "What the run answered."
@@ -97,9 +100,11 @@ class LoggedRun:
         "The whole prompt of turn `k`."
         if not 1 <= k <= len(self.iterations): raise TraceError(f'there is no turn {k}; the run has {len(self.iterations)}')
         msgs, reply = [], ''
-        for it, (n, said) in zip(self.iterations[:k], [o['join'] for o in self._lines]):
-            msgs, reply = [*msgs[:n], *([_said(reply)] if said else []), *it.prompt], it.response
+        for it, line in zip(self.iterations[:k], self._lines):
+            _join(msgs, line['join'], reply, it.prompt)
+            reply = it.response
         return msgs
+    def __repr__(self): return f'LoggedRun({str(self.path)!r}, {len(self.iterations)} turns, stop={self.stop!r})'
 
 # %% ../nbs/06_trace.ipynb #4cfaf15c
 _END = ('stop', 'answer', 'usage', 'cost', 'seconds', 'limit') # What the closing line adds
@@ -112,10 +117,10 @@ class _Reader: # Puts a LoggedRun together, line by line
         if self.turns and number <= self.turns[-1]: self._branch(number)
         for k in _END: self.run.info.pop(k, None) # It went on after all
         last = self.run.iterations[-1].response if self.turns else ''
-        n, said, it.prompt = _new_messages(it.prompt, self.msgs, last)
-        self.msgs = [*self.msgs[:n], *([_said(last)] if said else []), *it.prompt]
+        *join, it.prompt = _new_messages(it.prompt, self.msgs, last)
+        _join(self.msgs, join, last, it.prompt)
         self.run.iterations.append(it); self.turns.append(number)
-        self.run._lines.append(dict(join=(n, said), stop_reason=d.get('stop_reason', 'end_turn'), cut=d.get('cut', False), timestamp=d.get('timestamp', '')))
+        self.run._lines.append(dict(join=join, stop_reason=d.get('stop_reason', 'end_turn'), cut=d.get('cut', False), timestamp=d.get('timestamp', '')))
     def _about(self, d):
         self.run.metadata = RLMMetadata.from_dict(dict(root_model='') | d)
         self.run.info |= {k: v for k,v in d.items() if k != 'type' and k not in self.run.metadata.to_dict()}
@@ -315,7 +320,8 @@ def _describe(engine, query, context): # What the metadata line says of a run
     about = dict(type=size.context_type, length=size.context_total_length, sha256=context_digest(context))
     limits = {k: v for k,v in asdict(cfg.limits).items() if v != getattr(Limits, k)}
     return meta, dict(timestamp=datetime.now().isoformat(), query=query, context=about, protocol=cfg.protocol.name, sub_model=engine.sub.name,
-        system_prompt=cfg.system_prompt and context_digest(cfg.system_prompt), tools=sorted(map(str, cfg.tools)), limits=limits, run=engine.path)
+        system_prompt=cfg.system_prompt and context_digest(cfg.system_prompt), tools=sorted(map(str, cfg.tools)),
+        returns=cfg.returns and str(cfg.returns), limits=limits, run=engine.path)
 
 def _outcome(res): # What its end adds
     return dict(stop=res.stop, answer=res.answer, usage=res.usage.to_dict(), cost=res.cost, seconds=round(res.seconds, 3)) | (dict(limit=str(res.limit)) if res.limit else {})
@@ -331,11 +337,11 @@ def _encode(d): # A line of JSONL; lone surrogates are no UTF-8, and are escaped
 # %% ../nbs/06_trace.ipynb #9ca7f1c6
 class _File: # A log that is being written
     def __init__(self, path):
-        self.path, self.fd = path, None
+        self.path, self.f = path, None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            if fcntl: fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.f = open(path, 'a+b', buffering=0)
+            if fcntl: fcntl.flock(self.f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             self.close()
             raise TraceError(f'{path} is being written by another run; name another file' if isinstance(e, BlockingIOError) else
@@ -343,15 +349,16 @@ class _File: # A log that is being written
         _open.add(self)
     def mend(self): # Take half a line off the end
         end = max((o for _, o in _records(self.path)), default=0)
-        os.ftruncate(self.fd, end)
-        if end and os.pread(self.fd, 1, end - 1) != b'\n': os.write(self.fd, b'\n')
+        self.f.truncate(end)
+        self.f.seek(max(end - 1, 0))
+        if self.f.read(1) not in (b'', b'\n'): self.f.write(b'\n')
     def write(self, d):
-        if self.fd is None: return # A forked child of the process that writes
+        if self.f is None: return # A forked child of the process that writes
         data = memoryview(_encode(d))
-        while data: data = data[os.write(self.fd, data):]
+        while data: data = data[self.f.write(data):]
     def close(self):
-        if self.fd is not None: os.close(self.fd)
-        self.fd = None
+        if self.f: self.f.close()
+        self.f = None
     _forked = close
 
 # %% ../nbs/06_trace.ipynb #a54103ed
@@ -366,7 +373,7 @@ def _recorded_calls(run, path=''): # (scope, model, messages, Reply or None) of 
 
 class _LogStore: # What a log holds, in front of a store
     def __init__(self, run, store=None, close=False, key=_key):
-        self.store, self.saved, self.replies, self.ends, self.key = store, UsageSummary(), {}, close, key
+        self.store, self.replies, self.ends, self.key = store, {}, close, key
         count = Counter()
         for scope, model, msgs, reply in _recorded_calls(run):
             k = scope, key(model, msgs)
@@ -380,7 +387,7 @@ class _LogStore: # What a log holds, in front of a store
 
 # %% ../nbs/06_trace.ipynb #7595a1c2
 _finished = ('answer', 'max_iters') # All other ends leave something to go on with
-_same = ('query', 'context', 'model', 'sub_model', 'max_iterations', 'protocol', 'system_prompt', 'tools')
+_same = ('query', 'context', 'model', 'sub_model', 'max_iterations', 'protocol', 'system_prompt', 'tools', 'returns')
 
 def _identity(meta, info): # What must be the same for a log to be continued
     d = info | dict(context=(info.get('context') or {}).get('sha256'), model=meta.root_model, max_iterations=meta.max_iterations)
@@ -513,6 +520,8 @@ class _RecordLM(LM):
         if c.error: raise type(c.error.partition(':')[0], (RLMError,), {})(c.response.removeprefix('Error: '))
         return Reply(c.response, Usage(0), c.stop_reason or 'end_turn', c.root_model)
 
+def _stopped(res): return (res.error or '').startswith(('BlockTimeout', 'KeyboardInterrupt')) # By a limit, or by hand
+
 @dataclass
 class ReplayedBlock:
     "A block as it was and as it is now."
@@ -520,7 +529,7 @@ class ReplayedBlock:
     code: str
     was: REPLResult # As recorded
     now: REPLResult # As this engine runs it
-    def kinds(self): return [(r.error or '').partition(':')[0].rpartition('.')[2] for r in (self.was, self.now)]
+    def kinds(self): return ['stopped' if _stopped(r) else (r.error or '').partition(':')[0].rpartition('.')[2] for r in (self.was, self.now)]
     def prompts(self): return [sorted(str(c.prompt) for c in r.llm_calls) for r in (self.was, self.now)]
     @property
     def checks(self)->dict: # stdout, error, sub-calls -> True where they are the same
@@ -572,7 +581,10 @@ def _stage(run, context, ns, tools): # Bind all that the code needs; returns the
 
 def _rerun(engine, lm, block, foreign, rollback): # One block, again
     lm.calls, before = list(block.result.llm_calls), dict(engine.ns) if rollback else None
-    res = engine.execute(Exec(block.code + '\nNone' * (foreign and block.lang == 'python'), block.lang))
+    code, timeout = block.code + '\nNone' * (foreign and block.lang == 'python'), block.result.execution_time if _stopped(block.result) else None
+    res = exec_code(code, engine.ns, lang=block.lang, timeout=timeout)
+    res.llm_calls += engine.late
+    engine.late = []
     if rollback and res.error: engine.ns.clear(); engine.ns.update(before)
     return res
 
@@ -584,7 +596,7 @@ def _replay(run, context, ns, rollback, tools, where=''): # The ReplayedBlocks o
             for j, b in enumerate(it.code_blocks, 1):
                 yield ReplayedBlock(f'{where}{i}.{j}', b.code, b.result, _rerun(engine, lm, b, 'protocol' not in run.info, rollback))
                 for k, c in enumerate([c for c in b.result.llm_calls if c.metadata], 1):
-                    yield from _replay(load_run(c.metadata), c.prompt, {}, rollback, tools, f'{where}{i}.{j} child {k}: ')
+                    with _child_ns(engine) as below: yield from _replay(load_run(c.metadata), c.prompt, below, rollback, tools, f'{where}{i}.{j} child {k}: ')
     finally: unbind(ns)
 
 def replay(
