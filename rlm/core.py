@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RunConfig', 'make_config', 'RLMResult', 'Event', 'SubcallError', 'request_digest', 'Run', 'check_prompts', 'run_here',
-           'describe_tool', 'TypedAnswer', 'running', 'finish', 'rlm_run', 'arlm_run', 'rlm_iter', 'llm_query',
-           'llm_query_batched', 'rlm_query', 'rlm_query_batched', 'save_ns', 'load_ns', 'exec_code', 'Limits',
-           'LimitExceeded', 'LMError', 'RLMError']
+           'child_namespace', 'describe_tool', 'TypedAnswer', 'running', 'finish', 'rlm_run', 'arlm_run', 'rlm_iter',
+           'llm_query', 'llm_query_batched', 'rlm_query', 'rlm_query_batched', 'save_ns', 'load_ns', 'exec_code',
+           'Limits', 'LimitExceeded', 'LMError', 'RLMError']
 
 # %% ../nbs/05_core.ipynb #34a26dad
 import asyncio, difflib, functools, hashlib, inspect, json, keyword, os, pickle, sys, threading, time, warnings
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, preview)
-from .lm import LM, LMError, RLMError, Underway, Usage, get_lm, in_thread, on_loop, run_sync
+from .lm import LM, LMError, RLMError, Underway, get_lm, in_thread, on_loop, run_sync
 from .limits import Clock, Ledger, LimitExceeded, Limits, check_price, make_limits, metered
 from .loop import Ask, Trajectory, adrive, drive, rlm_steps
 from .repl import (BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, interruptible, outside_block, rebind, scaffold_of,
@@ -158,6 +158,7 @@ class Run:
         parent=None, # The Run that started it
         own_thread:bool=False, # Run its code on a thread of its own
         call:RLMChatCompletion|None=None, # The sub-call that a child answers
+        name:str='', # Of a child, among those of its parent
     ):
         self.cfg, self.ns, self.parent, self.limits, self.depth = cfg, ns, parent, cfg.limits, parent.depth + 1 if parent else 0
         self.lm = get_lm(cfg.model)
@@ -172,7 +173,7 @@ class Run:
         self.underway = Underway() # Calls and batches of children
         self.late = [] # Calls during a block by threads that an earlier block had started
         self.call, self.asked, self.lock = call, Counter(), threading.Lock()
-        self.path = f'{parent.path}/{parent.take(call.root_model, call.prompt)}' if parent else ''
+        self.path = f'{parent.path}/{name}' if parent else ''
         self.log, self.store, self.spans = (parent.log, parent.store, parent.spans) if parent else (_opened(cfg.log, 'RunLog'), _opened(cfg.store, 'CallStore'), None)
     def tell(self, name, f, *args): # Call a callback; what it raises changes nothing here, unless the log cannot be written as it should
         if f is None: return
@@ -210,7 +211,7 @@ class Run:
         if self.store is None: return await metered(lm, msgs, self.ledger, self.clock, cache)
         request = self.path, int(self.take(lm.name, msgs).split('.')[1]), lm, list(msgs)
         self.clock.check()
-        if reply := await in_thread(self.store.lookup, *request): return replace(reply, usage=Usage(0))
+        if reply := await in_thread(self.store.lookup, *request): return reply # With what it had cost then; no ledger has it
         reply = await metered(lm, msgs, self.ledger, self.clock, cache)
         try: await in_thread(self.store.record, *request, reply)
         except (OSError, RLMError) as e: warnings.warn(f'a call could not be kept in the store: {e}')
@@ -220,13 +221,13 @@ class Run:
         if self.over: raise RLMError('this run is over')
         left = self.clock.left()
         timeout = min((o for o in (self.limits.block_timeout, left and max(left, 1.)) if o is not None), default=None)
-        self.emit('block', 'start', code=step.code)
+        self.emit('block', 'start', code=step.code, lang=step.lang)
         self.late = []
         res = exec_code(step.code, self.ns, lang=step.lang, timeout=timeout, thread=self.thread)
         res.llm_calls.extend(self.late)
         if cut := sum(c.stop_reason == 'max_tokens' for c in res.llm_calls):
             res.notes.append(f'Of the replies to your sub-calls {cut} reached the greatest length and end in the middle. Ask for less at a time.')
-        self.emit('block', code=step.code, result=res)
+        self.emit('block', code=step.code, lang=step.lang, result=res)
         return res
     def llm_query(self, prompt, model=None): return _only(_subcalls(self, [prompt], model, _ask_all))
     def llm_query_batched(self, prompts, model=None): return _subcalls(self, prompts, model, _ask_all)
@@ -297,18 +298,21 @@ def run_here(
 
 # %% ../nbs/05_core.ipynb #6418505d
 @contextmanager
-def _child_ns(run): # A namespace for as long as a child runs
+def child_namespace(
+    run:Run, # The parent
+): # A namespace, until the end of the `with`
+    "What a child of `run` works in: of the same kind, unless `child_ns` makes another."
     make = run.cfg.child_ns or getattr(run.ns, 'child', dict)
     ns = make()
     try: yield ns
     finally:
         if hasattr(ns, 'close'): ns.close()
 
-def _run_child(run, call, lm, batch): # Fill in one call by a child run
+def _run_child(run, call, name, lm, batch): # Fill in one call by a child run
     if batch.over: raise RLMError('the batch of this child is over')
     run.ledger.start_child()
-    with _child_ns(run) as ns:
-        child = Run(run.cfg.for_child(lm), ns, run, call=call)
+    with child_namespace(run) as ns:
+        child = Run(run.cfg.for_child(lm), ns, run, call=call, name=name)
         try:
             with batch.holding(child): finish(child, preview(call.prompt), call.prompt, shown=len(call.prompt) <= 2000)
         finally:
@@ -321,15 +325,15 @@ def _run_child(run, call, lm, batch): # Fill in one call by a child run
 # %% ../nbs/05_core.ipynb #49e9beca
 def _run_all(run, calls, lm): # Fill in all of them by child runs, side by side
     most, todo = run.limits.max_children_per_batch, SimpleQueue()
-    for c in calls[:most]: todo.put(c)
+    for c in calls[:most]: todo.put((c, run.take(c.root_model, c.prompt))) # Named here, in order: equal prompts would race for their numbers
     for c in calls[len(calls[:most]):]:
         with _recorded(run, c): raise LimitExceeded('max_children_per_batch', most, len(calls))
     batch = Underway()
     def work():
         while True:
-            try: call = todo.get_nowait()
+            try: call, name = todo.get_nowait()
             except Empty: return
-            with _recorded(run, call): _run_child(run, call, lm, batch)
+            with _recorded(run, call): _run_child(run, call, name, lm, batch)
     threads = [CodeThread() for _ in range(min(todo.qsize(), run.limits.max_concurrency))]
     futs = [o.submit(work) for o in threads]
     for o in threads: o.close()

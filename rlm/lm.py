@@ -12,7 +12,7 @@ import asyncio, copy, functools, importlib.util, inspect, json, os, random, re, 
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from ._rlmpaper_compat import ModelUsageSummary
 from .repl import describe_error, interruptible, outside_block, shielded
@@ -207,7 +207,7 @@ class FnLM(LM):
         except (RLMError, asyncio.CancelledError): raise
         except BaseException as e: # A SystemExit too: it would end the loop that all runs share
             raise LMError(f'the model function {self.name!r} failed ({" ".join(describe_error(e)[1].split())})') from e
-        if isinstance(res, Reply) and isinstance(res.text, str): return res
+        if isinstance(res, Reply) and isinstance(res.text, str): return replace(res, model=res.model or self.name)
         if not isinstance(res, str): raise LMError(f'the model function {self.name!r} returned a {type(res).__name__}; it must return a str')
         chars = sum(len(m['content']) for m in msgs)
         return Reply(res, priced(self.price, -(-chars // 4), -(-len(res) // 4)), model=self.name)

@@ -29,7 +29,7 @@ def _provider(lm): # Who serves a model
 # %% ../nbs/06a_otel.ipynb #81c74be2
 def _agent(lm): return {'gen_ai.operation.name': 'invoke_agent', 'gen_ai.agent.name': 'rlm', 'gen_ai.provider.name': _provider(lm), 'gen_ai.request.model': lm.name}
 def _chat(lm, name): return {'gen_ai.operation.name': 'chat', 'gen_ai.provider.name': _provider(lm), 'gen_ai.request.model': name}
-_tool = {'gen_ai.operation.name': 'execute_tool', 'gen_ai.tool.name': 'python', 'gen_ai.tool.type': 'function'}
+def _tool(name): return {'gen_ai.operation.name': 'execute_tool', 'gen_ai.tool.name': name, 'gen_ai.tool.type': 'function'}
 
 class _Spans: # The open spans of one tree of runs, by (path, kind) or the id of a sub-call
     def __init__(self, tracer):
@@ -67,7 +67,7 @@ class _Spans: # The open spans of one tree of runs, by (path, kind) or the id of
         if phase == 'start': self.start((run, 'chat'), f'chat {lm.name}', _chat(lm, lm.name), self.open[run, 'run'], 'CLIENT')
         elif r: self.end((run, 'chat'), _tokens(UsageSummary({r.model: r.usage})) | {'gen_ai.response.model': r.model, 'gen_ai.response.finish_reasons': [r.stop_reason]})
     def on_block(self, phase, run, d):
-        if phase == 'start': self.start((run, 'block'), 'execute_tool python', _tool, self.open[run, 'run'])
+        if phase == 'start': self.start((run, 'block'), f'execute_tool {d["lang"]}', _tool(d['lang']), self.open[run, 'run'])
         else: self.end((run, 'block'), error=d['result'].error)
     def on_subcall(self, phase, run, d):
         c, above = d['call'], self.open.get((run, 'block')) or self.open.get((run, 'run'))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from ._rlmpaper_compat import ANSWER, CodeBlock, ModelUsageSummary, NANO, PAPER, QueryMetadata, REPLResult, RLMIteration, RLMMetadata, UsageSummary, head_tail, runnable, type_name
-from .core import Event, RLMResult, Run, _child_ns, make_config, rlm_iter, rlm_run
+from .core import Event, RLMResult, Run, child_namespace, make_config, rlm_iter, rlm_run
 from .limits import Limits
 from .lm import LM, Reply, RLMError, Usage
 from .repl import Scaffold, bind, bind_context, exec_code, unbind
@@ -596,7 +596,7 @@ def _replay(run, context, ns, rollback, tools, where=''): # The ReplayedBlocks o
             for j, b in enumerate(it.code_blocks, 1):
                 yield ReplayedBlock(f'{where}{i}.{j}', b.code, b.result, _rerun(engine, lm, b, 'protocol' not in run.info, rollback))
                 for k, c in enumerate([c for c in b.result.llm_calls if c.metadata], 1):
-                    with _child_ns(engine) as below: yield from _replay(load_run(c.metadata), c.prompt, below, rollback, tools, f'{where}{i}.{j} child {k}: ')
+                    with child_namespace(engine) as below: yield from _replay(load_run(c.metadata), c.prompt, below, rollback, tools, f'{where}{i}.{j} child {k}: ')
     finally: unbind(ns)
 
 def replay(

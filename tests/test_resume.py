@@ -203,3 +203,14 @@ def test_another_run_is_not_gone_on_with(tmp_path, change, says):
     before = (tmp_path/'x.jsonl').read_bytes()
     with pytest.raises(TraceError, match=says): resume(tmp_path/'x.jsonl', **dict(dict(context='text', model=model), **change))
     assert (tmp_path/'x.jsonl').read_bytes() == before
+
+def test_compaction_comes_at_the_same_turn_again(tmp_path):
+    "A reply from the log has its size, so that what was summarized is summarized again."
+    log = tmp_path/'run.jsonl'
+    def model(msgs): return 'Notes: x is 1.' if 'about to be shortened' in msgs[-1]['content'] else block('x = 1\nprint("o" * 400)') if turn(msgs) < 3 else 'FINAL(done)'
+    steps = rlm_iter(QUERY, CONTEXT, model=model, max_iters=6, compaction=.006, log=log)
+    turns = [next(steps) for _ in range(3)]
+    steps.close()
+    assert any('were replaced by these notes' in str(o.notes) for o in turns)
+    res = resume(log, CONTEXT, model=model, compaction=.006)
+    assert load_run(log).branches == [] and len(res.iterations) > 3
