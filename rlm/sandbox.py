@@ -17,7 +17,7 @@ from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail
 from ._worker import FrameError, TooLarge, Wire, decode, describe, encode, plain
 from .core import SubcallError
 from .lm import RLMError
-from .repl import Block, CodeThread, Scaffold, current_block, outside_block
+from .repl import Block, CodeThread, Scaffold, current_block, interruptible, outside_block
 
 # %% ../nbs/08_sandbox.ipynb #a2687689
 class SessionLost(RLMError):
@@ -62,7 +62,8 @@ class Session:
             now, ends = time.monotonic(), min((o for o in (deadline, self.stop_at) if o is not None), default=None)
             if ends is not None and now > ends: self.end('it did not stop in time, and its process was killed')
             elif self.stop_at: self.interrupt()
-            try: return fut.result(.2 if ends is None else min(max(ends - now, .01), .2))
+            left = .2 if ends is None else min(max(ends - now, .01), .2)
+            try: return fut.result(left) if self.stop_at else interruptible(fut.result, left)
             except TimeoutError:
                 if not self.link.alive(): self.end() # And something that it started holds on to the pipe
     def interrupt(self):
@@ -81,7 +82,7 @@ class Session:
             self.lost = why or f'its process ended {how}'
             self.wire.close()
             for fut in list(self.pending.values()): fut.set_exception(SessionLost(self.lost))
-            for thread in list(self.calls.values()): thread.interrupt()
+            for thread in list(self.calls.values()): thread.stop()
     def _read(self): # The reader thread: what is odd ends the session
         try:
             while True: self._take(*self.wire.recv())
@@ -93,7 +94,7 @@ class Session:
         n, op = head['id'], head['op']
         if type(n) is not int: raise FrameError('a frame without a number')
         if op == 'call': self._call(n, head)
-        elif op == 'cancel' and n in self.calls: self.calls[n].interrupt()
+        elif op == 'cancel' and n in self.calls: self.calls[n].stop()
         elif op == 'done' and n in self.pending: self.pending.pop(n).set_result((head, raw))
         else: self.odd += 1 # Late, or made up
         if self.odd > 10_000 or self.wire.out.qsize() > 10_000: raise FrameError('a flood of frames')
@@ -118,7 +119,7 @@ class Session:
 # %% ../nbs/08_sandbox.ipynb #769e519d
 def _called(f, block, args, kwargs): # On the thread of a call
     token = current_block.set(block)
-    try: return f(*args, **kwargs)
+    try: return interruptible(lambda: f(*args, **kwargs))
     finally: current_block.reset(token)
 
 def _as_reply(res): # What a function of the host returned, as fields of a frame
