@@ -64,6 +64,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'rlm.core._run_all': ('core.html#_run_all', 'rlm/core.py'),
                           'rlm.core._run_child': ('core.html#_run_child', 'rlm/core.py'),
                           'rlm.core._spans': ('core.html#_spans', 'rlm/core.py'),
+                          'rlm.core._stay_awake': ('core.html#_stay_awake', 'rlm/core.py'),
                           'rlm.core._subcalls': ('core.html#_subcalls', 'rlm/core.py'),
                           'rlm.core.arlm_run': ('core.html#arlm_run', 'rlm/core.py'),
                           'rlm.core.check_prompts': ('core.html#check_prompts', 'rlm/core.py'),

@@ -158,7 +158,7 @@ def ask(
 # %% ../nbs/13_cli.ipynb #df945386
 COMMANDS = dict( # Name -> (module, its parser, its function, help)
     ask=('cli', 'ask_parser', 'ask', 'ask a question about files or standard input'),
-    view=('display', 'view_parser', 'view', 'look at logs of runs, as a page'),
+    view=('display', 'view_parser', 'view_command', 'look at logs of runs, as a page'),
     replay=('trace', 'replay_parser', 'replay_command', 'run the code of a log again, and compare'),
     image=('image', 'image_parser', 'image_command', 'make images for virtual machines'))
 

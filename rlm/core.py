@@ -494,6 +494,9 @@ def rlm_run(
     if ns is None: ns = {}
     return finish(_new_run(query, ns, model=model, max_iters=max_iters, **options), query, context)
 
+async def _stay_awake(): # A Ctrl-C that comes just as a loop falls asleep is seen only when that wakes
+    while True: await asyncio.sleep(.2)
+
 async def arlm_run(
     query:str, # The question
     context=None, # As for `rlm_run`
@@ -507,8 +510,11 @@ async def arlm_run(
     run = _new_run(query, ns, True, model=model, max_iters=max_iters, **options)
     async def ask(step): return await on_loop(run.ask())
     async def execute(step): return await in_thread(run.execute, step)
-    with running(run, query, context) as t:
-        async for it in adrive(rlm_steps(t), ask, execute): run.emit('turn', number=len(t.iterations), iteration=it)
+    awake = asyncio.create_task(_stay_awake())
+    try:
+        with running(run, query, context) as t:
+            async for it in adrive(rlm_steps(t), ask, execute): run.emit('turn', number=len(t.iterations), iteration=it)
+    finally: awake.cancel()
     return run.result
 
 def rlm_iter(

@@ -273,7 +273,7 @@ def test_interrupted_from_another_thread(each):
     th = CodeThread()
     fut = th.submit(lambda: exec_code('x = 1\nwhile True: pass', each))
     until(lambda: each._session.job)
-    th.interrupt(fut)
+    fut.gate.interrupt()
     with pytest.raises(BlockTimeout): fut.result(HANG)
     th.close()
     assert out('print(x)', each) == '1\n'
