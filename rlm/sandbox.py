@@ -170,7 +170,7 @@ def _view(box, ours): # What there is to see; `ours` are (file, its place) of th
     for a, b in [(o, o) for o in prefixes] + ours: args += [*_parents(b), '--ro-bind', a, b]
     return args + [*_parents('/etc/x')] + [a for o in ('/etc/ld.so.cache', '/etc/alternatives') for a in ('--ro-bind-try', o, o)]
 
-# %% ../nbs/08_sandbox.ipynb #cecd799c
+# %% ../nbs/08_sandbox.ipynb #8ea4848a
 def _as_nobody(box, bwrap, ours): # For root: the files laid out, then a user of no name
     setpriv = _program('setpriv', 'util-linux')
     uid = str(random.SystemRandom().randrange(61184, 65520)) # As systemd's dynamic users
@@ -183,8 +183,8 @@ def _locked(box, ours): # The command before the worker's own
     if os.geteuid() == 0: front, ours = _as_nobody(box, bwrap, ours), [('/rlm', '/rlm')]
     env = [a for k, v in _environment(box.venv).items() for a in ('--setenv', k, v)]
     return [*front, bwrap, '--unshare-all', '--unshare-user', '--disable-userns', '--clearenv', *env, '--cap-drop', 'ALL', '--new-session', '--die-with-parent',
-        '--hostname', 'sandbox', *_view(box, ours), '--proc', '/proc', '--dev', '/dev', '--size', size, '--tmpfs', '/dev/shm', '--remount-ro', '/dev',
-        '--size', size, '--tmpfs', '/tmp', '--chdir', '/tmp', '--remount-ro', '/', '--']
+        '--hostname', 'sandbox', '--proc', '/proc', '--dev', '/dev', '--size', size, '--tmpfs', '/dev/shm', '--remount-ro', '/dev',
+        '--size', size, '--tmpfs', '/tmp', *_view(box, ours), '--chdir', '/tmp', '--remount-ro', '/', '--'] # A venv may lie in /tmp
 
 def _program(name, package): # Its path
     found = shutil.which(name)
@@ -202,13 +202,13 @@ def _open_bwrap(box): # A worker under bubblewrap
     try: return ProcessLink(group.command(argv), _environment(), box.cap, group.remove)
     except BaseException: group.remove(); raise
 
-# %% ../nbs/08_sandbox.ipynb #f1bffd82
+# %% ../nbs/08_sandbox.ipynb #0d156c54
 def _bundle(box, home): # What runsc wants to know: a folder with our files, and a description
     shutil.copytree(_home, f'{home}/root/rlm/rlm', ignore=lambda d, names: [o for o in names if o not in _files])
     uid = random.SystemRandom().randrange(61184, 65520)
     binds = ['/usr', *(o for o in ('/lib', '/lib64', '/bin') if os.path.exists(o)), *_prefixes(box)]
-    mounts = [dict(destination=o, source=os.path.realpath(o), type='bind', options=['ro', 'rbind']) for o in binds]
-    mounts += [dict(destination=o, source='tmpfs', type='tmpfs', options=[f'size={box.disk}m', 'mode=1777']) for o in ('/tmp', '/dev/shm')]
+    mounts = [dict(destination=o, source='tmpfs', type='tmpfs', options=[f'size={box.disk}m', 'mode=1777']) for o in ('/tmp', '/dev/shm')]
+    mounts += [dict(destination=o, source=os.path.realpath(o), type='bind', options=['ro', 'rbind']) for o in binds]
     process = dict(user=dict(uid=uid, gid=uid), cwd='/tmp', noNewPrivileges=True, capabilities={}, env=[f'{k}={v}' for k, v in _environment(box.venv).items()],
         args=_command(_python(box.venv), '/rlm', box.cap, limits=dict(CORE=0)))
     cfg = dict(ociVersion='1.0.0', hostname='sandbox', root=dict(path='root', readonly=True), process=process, mounts=[dict(destination='/proc', source='proc', type='proc'), *mounts],

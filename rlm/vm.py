@@ -308,8 +308,8 @@ class VMLink:
         how:str, # In words
     ):
         "It has ended: called by the VM. What it sent can still be read."
+        with suppress(OSError): self.sock.shutdown(socket.SHUT_RDWR) # It was never connected
         self.ended.set_result(how)
-        with suppress(OSError): self.sock.shutdown(socket.SHUT_RDWR) # It may be closed, or was never opened
     def alive(self)->bool: return not self.ended.done()
     def kill(self,
         wait:bool, # It may be about to end by itself
@@ -320,6 +320,7 @@ class VMLink:
         if not how:
             with suppress(VMError): self.agent.ask('kill', slot=self.slot, nonce=self.nonce.hex())
             self._wait(10)
+        with suppress(OSError): self.sock.shutdown(socket.SHUT_RDWR) # For those that hold a copy; it may be closed
         self.sock.close()
         return how or 'and had to be killed'
     def _wait(self, seconds):
