@@ -114,6 +114,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'rlm.display._model_cell': ('display.html#_model_cell', 'rlm/display.py'),
                              'rlm.display._node': ('display.html#_node', 'rlm/display.py'),
                              'rlm.display._notebook': ('display.html#_notebook', 'rlm/display.py'),
+                             'rlm.display._number': ('display.html#_number', 'rlm/display.py'),
                              'rlm.display._outputs': ('display.html#_outputs', 'rlm/display.py'),
                              'rlm.display._page': ('display.html#_page', 'rlm/display.py'),
                              'rlm.display._parts': ('display.html#_parts', 'rlm/display.py'),

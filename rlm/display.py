@@ -24,8 +24,12 @@ def _short(s, n=140): # The start of a text, on one line
 
 def _plural(n, what): return f'{n:,} {what}{"s" * (n != 1)}'
 
+def _number(o): return o if type(o) in (int, float) and abs(o) < 1e15 else None # A log may say NaN, which is no JSON, or anything else
+
 def _used(usage): # (tokens, USD) of a UsageSummary; None where it does not say
-    return (None, None) if not usage or not usage.model_usage_summaries else (usage.total.total_tokens, usage.total_cost)
+    if not usage or not usage.model_usage_summaries: return None, None
+    try: return _number(usage.total.total_tokens), _number(usage.total_cost)
+    except TypeError: return None, None # Its numbers are none
 
 def _usd(cost): return f'${cost:.4f}' if cost >= .01 or not cost else f'${cost:.2g}'
 
@@ -47,7 +51,7 @@ def _call_node(c:RLMChatCompletion): # A sub-call, with the child's turns where 
     turns = [_turn_node(k, it) for k,it in enumerate(child.iterations, 1)] if child else []
     items = [['role', 'Prompt'], *([['msg', c.prompt]] if isinstance(c.prompt, str) else _messages(c.prompt)), *turns, ['role', 'Reply'], ['msg', str(c.response)]]
     tokens, cost = _used(c.usage_summary)
-    return _node('call', f'{"child run" if child else "sub-call"} · {c.root_model}', items, f'{_short(c.prompt, 70)} → {_short(c.response, 60)}', c.error, tokens, cost, c.execution_time)
+    return _node('call', f'{"child run" if child else "sub-call"} · {c.root_model}', items, f'{_short(c.prompt, 70)} → {_short(c.response, 60)}', c.error, tokens, cost, _number(c.execution_time))
 
 def _calls(calls): # Items for the sub-calls of a block: a group, where there are many
     nodes = [_call_node(c) for c in calls]
@@ -89,7 +93,7 @@ def _turn_node(k, it): # A turn
     errors = [b.result.error for b in it.code_blocks if b.result.error] + ['a sub-call failed' for c in calls if c.error][:1]
     tokens, cost = zip(_used(it.usage), *[_used(c.usage_summary) for c in calls])
     about = next((o if isinstance(o, str) else o.code for o in parts), '')
-    return _node('turn', f'Turn {k}', items, about, errors[0] if errors else None, _total(tokens), _total(cost), it.iteration_time)
+    return _node('turn', f'Turn {k}', items, about, errors[0] if errors else None, _total(tokens), _total(cost), _number(it.iteration_time))
 
 # %% ../nbs/07_display.ipynb #c004f889
 _asked = re.compile(r'original prompt: "(.*?)"\.\n|^Question: (.*)\Z|\n\nQuestion: (.*)\Z', re.S)
@@ -103,7 +107,7 @@ def _question(run): # What was asked, as far as the log says
 def _facts(run): # Pairs of a name and a value
     tokens, cost = _used(run.usage)
     whole = '' if any(it.usage for it in run.iterations) or run.info.get('usage') else ' of sub-calls'
-    seconds = run.info.get('seconds', _total(it.iteration_time for it in run.iterations))
+    seconds = _number(run.info.get('seconds')) or _total(_number(it.iteration_time) for it in run.iterations)
     price = 'not known' if cost is None else _usd(cost)
     rows = [('Model', run.metadata.root_model), ('Ended by', str(run.info.get('limit') or run.stop or 'nothing: it did not end')), ('Turns', f'{len(run.iterations):,}'),
         ('Sub-calls', f'{len(run.calls):,}'), (f'Tokens{whole}', tokens is not None and f'{tokens:,}'), (f'Cost{whole}', tokens is not None and price),
@@ -311,8 +315,8 @@ def _context_cell(run, context, folder): # The cell that binds the context, from
         name = _keep_context(folder, context, context_digest(context))
         return _cell('code', f'context = {_loads[name.rpartition(".")[2]].format(name)}  # A copy of what the run had')
     except TraceError:
-        about = run.info.get('context') or {}
-        size = f', a {about["type"]} of length {about["length"]:,}' if {'type', 'length'} <= about.keys() else ''
+        about = run.info.get('context')
+        size = f', a {about.get("type")} of length {about.get("length")}' if isinstance(about, dict) else ''
         says = ascii(f'This notebook has no copy of the context{size}: load it in this cell.')
         return _cell('code', f'context = None  # Put it here\nassert context is not None, {says}')
 
@@ -323,7 +327,8 @@ def _record_cell(run): # The cell that holds the replies to the sub-calls
 def _error_name(error): name = error.partition(':')[0]; return name if name.isidentifier() else 'RLMError'
 
 def _model_cell(run): # The cell that binds the functions
-    limit = (run.info.get('limits') or {}).get('result_truncation_limit')
+    limits = run.info.get('limits')
+    limit = _number(limits.get('result_truncation_limit')) if isinstance(limits, dict) else None
     args = f', {run.info.get("protocol") or "paper"!r}' + (f', result_truncation_limit={int(limit)}' if limit else '')
     tools = run.info.get('tools')
     note = f'\n# The run had tools, which have to be defined here: {ascii(", ".join(map(str, tools)))}' if tools else ''

@@ -200,6 +200,14 @@ def test_hostile_logs_are_text(show):
         assert page.evaluate('document.querySelectorAll("main :is(script, img, a, iframe, link, style, base, meta, svg svg, form, object)").length') == 0
     page.fill('#q', '<img src=x onerror=window.pwned=1>'); page.keyboard.press('Enter')
 
+def test_numbers_that_are_none(show):
+    usage = dict(model_usage_summaries=dict(m=dict(total_calls=1, total_input_tokens=float('nan'), total_output_tokens='<b>', total_cost=float('inf'))))
+    call = dict(root_model='m', prompt='p', response='r', usage_summary=usage, execution_time=float('nan'))
+    its = [dict(response='x', prompt='', iteration_time=o, code_blocks=[dict(code='c', result=dict(rlm_calls=[call]))]) for o in (float('nan'), float('inf'), 10**400, '1', [1])]
+    page = show(run_html(json.loads(json.dumps(dict(run_metadata=dict(seconds=float('nan')), iterations=its)))))
+    unfold(page)
+    assert summaries(page).count() == 5 and page.locator('#chart svg').count() == 0
+
 def test_hidden_characters_are_named(show):
     page = show(run_html(evil_run('a\u202eb\x1b[0m')))
     unfold(page)

@@ -48,6 +48,7 @@ function open(d) { fill(d); d.open = true }
 // One run
 let run
 function load(i) {
+  clearTimeout(rest)
   run = json(document.querySelectorAll('script.run')[i])
   document.title = run.title
   $('head').replaceChildren(...run.head.map(leaf))
@@ -133,7 +134,12 @@ function step(by) {
 }
 
 // Hands
-let timer
+let timer, rest
+function all(todo, on) { // A hundred at a time, so that the page stays alive
+  clearTimeout(rest)
+  for (const d of todo.splice(0, 100)) on ? open(d) : d.open = false
+  if (todo.length) rest = setTimeout(all, 0, todo, on)
+}
 $('q').addEventListener('input', () => { clearTimeout(timer); timer = setTimeout(() => { if ($('q').value != asked) search() }, 150) })
 $('q').addEventListener('keydown', e => {
   if (e.key == 'Enter') { if ($('q').value != asked) search(); step(e.shiftKey ? -1 : 1) }
@@ -143,7 +149,7 @@ $('next').addEventListener('click', () => step(1))
 $('prev').addEventListener('click', () => step(-1))
 $('fold').addEventListener('click', () => {
   const on = $('fold').getAttribute('aria-pressed') == 'false'
-  for (const d of $('turns').children) on ? open(d) : d.open = false
+  all([...$('turns').children], on)
   folded(on)
 })
 $('theme').addEventListener('click', () => {
