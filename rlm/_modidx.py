@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'rlm.display.RecordedLM.other': ('display.html#recordedlm.other', 'rlm/display.py'),
                              'rlm.display.RunView': ('display.html#runview', 'rlm/display.py'),
                              'rlm.display.RunView.__init__': ('display.html#runview.__init__', 'rlm/display.py'),
+                             'rlm.display.RunView._draw': ('display.html#runview._draw', 'rlm/display.py'),
                              'rlm.display.RunView._repr_html_': ('display.html#runview._repr_html_', 'rlm/display.py'),
                              'rlm.display.RunView._repr_markdown_': ('display.html#runview._repr_markdown_', 'rlm/display.py'),
                              'rlm.display._answer_cells': ('display.html#_answer_cells', 'rlm/display.py'),
