@@ -37,7 +37,7 @@ function leaf([kind, text]) {
   return e
 }
 function fold(node) {
-  const error = node.error ? [el('span', 'error', node.error)] : []
+  const error = node.error ? [el('span', 'error', ...paint(node.error, plain))] : []
   const parts = [el('span', 'title', ...paint(node.title, plain)), el('span', 'about', ...paint(node.about, plain)), el('span', 'sums', ...error, node.sums)]
   const d = el('details', node.kind, el('summary', '', ...parts))
   d.node = node
