@@ -20,12 +20,16 @@ from .trace import LoggedRun, TraceError, _keep_context, _kept_context, _protoco
 # %% ../nbs/07_display.ipynb #11c1d2b6
 def _short(s, n=140): # The start of a text, on one line
     s = ' '.join(str(s)[:n * 4].split())
-    return s if len(s) <= n else f'{s[:n]}…'
+    return s if len(s) <= n else f'{s[:n]}...'
 
 def _plural(n, what): return f'{n:,} {what}{"s" * (n != 1)}'
 
+def _number(o): return o if type(o) in (int, float) and abs(o) < 1e15 else None # A log may say NaN, which is no JSON, or anything else
+
 def _used(usage): # (tokens, USD) of a UsageSummary; None where it does not say
-    return (None, None) if not usage or not usage.model_usage_summaries else (usage.total.total_tokens, usage.total_cost)
+    if not usage or not usage.model_usage_summaries: return None, None
+    try: return _number(usage.total.total_tokens), _number(usage.total_cost)
+    except TypeError: return None, None # Its numbers are none
 
 def _usd(cost): return f'${cost:.4f}' if cost >= .01 or not cost else f'${cost:.2g}'
 
@@ -34,7 +38,7 @@ def _sums(tokens, cost, seconds): # What something used, in words
     return ' · '.join(o for o in parts if o)
 
 def _node(kind, title, items, about='', error=None, tokens=None, cost=None, seconds=None):
-    return dict(kind=kind, title=title, about=_short(re.sub(r'[*`#]', '', str(about)[:600]) if kind == 'turn' else about), error=error and _short(error, 60), tokens=tokens, cost=cost, seconds=seconds,
+    return dict(kind=kind, title=title, about=_short(about), error=error and _short(error, 60), tokens=tokens, cost=cost, seconds=seconds,
         sums=_sums(tokens, cost, seconds), items=items)
 
 # %% ../nbs/07_display.ipynb #b4281f43
@@ -45,9 +49,9 @@ def _messages(msgs): # Items for messages
 def _call_node(c:RLMChatCompletion): # A sub-call, with the child's turns where it started a run
     child = load_run(c.metadata) if c.metadata else None
     turns = [_turn_node(k, it) for k,it in enumerate(child.iterations, 1)] if child else []
-    items = [['role', 'Prompt'], *([['msg', c.prompt]] if isinstance(c.prompt, str) else _messages(c.prompt)), *turns, ['role', 'Reply'], ['msg', str(c.response)]]
-    tokens, cost = _used(c.usage_summary)
-    return _node('call', f'{"child run" if child else "sub-call"} · {c.root_model}', items, f'{_short(c.prompt, 70)} → {_short(c.response, 60)}', c.error, tokens, cost, c.execution_time)
+    items = [['role', 'Prompt'], *_messages(c.prompt), *turns, ['role', 'Reply'], ['msg', str(c.response)]]
+    title, about = f'{"child run" if child else "sub-call"} · {c.root_model}', f'{_short(c.prompt, 70)} → {_short(c.response, 60)}'
+    return _node('call', title, items, about, c.error, *_used(c.usage_summary), _number(c.execution_time))
 
 def _calls(calls): # Items for the sub-calls of a block: a group, where there are many
     nodes = [_call_node(c) for c in calls]
@@ -79,7 +83,8 @@ def _total(values): # Their sum, or None where nothing is known
 def _variables(it): # A folded list of what there was after the turn's last block
     names = it.code_blocks[-1].result.locals if it.code_blocks else {}
     if not names: return []
-    return [_node('state', _plural(len(names), 'variable'), [['vars', '\n'.join(f'{_short(k, 80)} = {_short(v, 200)}' for k,v in names.items())]], ', '.join(map(str, names)))]
+    values = '\n'.join(f'{_short(k, 80)} = {_short(v, 200)}' for k,v in names.items())
+    return [_node('state', _plural(len(names), 'variable'), [['vars', values]], ', '.join(map(str, names)))]
 
 def _turn_node(k, it): # A turn
     parts, calls = _parts(it), [c for b in it.code_blocks for c in b.result.llm_calls]
@@ -88,8 +93,8 @@ def _turn_node(k, it): # A turn
     items += [['note', str(o)] for o in it.notes] + ([['answer', str(it.final_answer)]] if it.final_answer is not None else []) + _variables(it)
     errors = [b.result.error for b in it.code_blocks if b.result.error] + ['a sub-call failed' for c in calls if c.error][:1]
     tokens, cost = zip(_used(it.usage), *[_used(c.usage_summary) for c in calls])
-    about = next((o if isinstance(o, str) else o.code for o in parts), '')
-    return _node('turn', f'Turn {k}', items, about, errors[0] if errors else None, _total(tokens), _total(cost), it.iteration_time)
+    about = next((re.sub('[*`#]', '', o) if isinstance(o, str) else o.code for o in parts), '')
+    return _node('turn', f'Turn {k}', items, about, errors[0] if errors else None, _total(tokens), _total(cost), _number(it.iteration_time))
 
 # %% ../nbs/07_display.ipynb #c004f889
 _asked = re.compile(r'original prompt: "(.*?)"\.\n|^Question: (.*)\Z|\n\nQuestion: (.*)\Z', re.S)
@@ -103,11 +108,12 @@ def _question(run): # What was asked, as far as the log says
 def _facts(run): # Pairs of a name and a value
     tokens, cost = _used(run.usage)
     whole = '' if any(it.usage for it in run.iterations) or run.info.get('usage') else ' of sub-calls'
-    seconds = run.info.get('seconds', _total(it.iteration_time for it in run.iterations))
+    seconds = _number(run.info.get('seconds')) or _total(_number(it.iteration_time) for it in run.iterations)
     price = 'not known' if cost is None else _usd(cost)
-    rows = [('Model', run.metadata.root_model), ('Ended by', str(run.info.get('limit') or run.stop or 'nothing: it did not end')), ('Turns', f'{len(run.iterations):,}'),
-        ('Sub-calls', f'{len(run.calls):,}'), (f'Tokens{whole}', tokens is not None and f'{tokens:,}'), (f'Cost{whole}', tokens is not None and price),
-        ('Time', seconds is not None and f'{seconds:,.1f} s'), ('Begun', str(run.info.get('timestamp') or '')[:19].replace('T', ' ')), ('Log', run.path and run.path.name)]
+    end, begun = run.info.get('limit') or run.stop or 'nothing: it did not end', str(run.info.get('timestamp') or '')[:19].replace('T', ' ')
+    rows = [('Model', run.metadata.root_model), ('Ended by', end), ('Turns', f'{len(run.iterations):,}'), ('Sub-calls', f'{len(run.calls):,}'),
+        (f'Tokens{whole}', tokens is not None and f'{tokens:,}'), (f'Cost{whole}', tokens is not None and price),
+        ('Time', seconds is not None and f'{seconds:,.1f} s'), ('Begun', begun), ('Log', run.path and run.path.name)]
     return [(k, str(v)) for k,v in rows if v]
 
 def _tree(run:LoggedRun): # All that is shown of a run
@@ -151,7 +157,8 @@ def _digest(text): return "'sha256-" + base64.b64encode(hashlib.sha256(text.enco
 
 def _page(trees): # The page for some trees
     js, css = _asset('view.js'), _asset('view.css')
-    csp = f"default-src 'none'; script-src {_digest(js)}; style-src {_digest(css)}; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    csp = (f"default-src 'none'; script-src {_digest(js)}; style-src {_digest(css)}; base-uri 'none'; form-action 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'")
     index = [(t['title'], ' · '.join([_plural(len(t['turns']), 'turn'), *[v for k,v in t['facts'] if k == 'Log']])) for t in trees]
     data = '\n'.join([_data(index, 'id="index"'), *[_data(t, 'class="run"') for t in trees]])
     parts = dict(csp=csp, css=css, js=js, data=data)
@@ -181,7 +188,8 @@ def view_command(
 )->int: # Exit code
     "Write the page, and print where it is."
     first = Path(args.logs[0])
-    out = Path(args.output) if args.output else first.with_name('runs.html' if len(args.logs) > 1 else first.name.removesuffix('.gz').removesuffix('.jsonl') + '.html')
+    name = 'runs.html' if len(args.logs) > 1 else first.name.removesuffix('.gz').removesuffix('.jsonl') + '.html'
+    out = Path(args.output) if args.output else first.with_name(name)
     page = run_html(args.logs)
     try: out.write_text(page, encoding='utf-8')
     except OSError as e: raise TraceError(f'{out} cannot be written ({e.strerror}); name another file with -o') from e
@@ -195,7 +203,7 @@ def _visible(text): return _unseen.sub(lambda m: f'\\u{ord(m[0]):04x}', text)
 
 def _escaped(text): return html.escape(_visible(text))
 
-_labels = dict(code='Code', bash='Code (bash)', out='Output', err='Error', answer='Answer', msg='', text='', note='', cut='', role='', vars='', question='Question')
+_labels = dict(code='Code', bash='Code (bash)', out='Output', err='Error', answer='Answer', question='Question')
 
 def _item_html(o): # A node or a text as plain HTML
     if isinstance(o, dict):
@@ -205,13 +213,14 @@ def _item_html(o): # A node or a text as plain HTML
         return f'<details><summary><b>{_escaped(o["title"])}</b>{mark} {head}</summary><blockquote>{body}</blockquote></details>'
     kind, text = o
     if kind in ('role', 'note', 'cut'): return f'<p><i>{_escaped(text)}</i></p>'
-    label = f'<small>{_labels[kind]}</small>' if _labels[kind] else ''
+    label = f'<small>{_labels[kind]}</small>' if kind in _labels else ''
     return f'{label}<pre style="white-space:pre-wrap;overflow-wrap:anywhere;text-align:left">{_escaped(text)}</pre>'
 
 def _item_text(o, depth=0): # The same for a terminal or an issue
     if isinstance(o, dict):
         head = ' · '.join(s for s in (o['title'], o['error'], o['sums']) if s)
-        return f'{"#" * min(depth + 2, 6)} {_visible(head)}\n\n' + ''.join(_item_text(x, depth + 1) for x in o['items'] if not isinstance(x, dict) or x['kind'] not in ('prompt', 'state'))
+        shown = [x for x in o['items'] if not isinstance(x, dict) or x['kind'] not in ('prompt', 'state')]
+        return f'{"#" * min(depth + 2, 6)} {_visible(head)}\n\n' + ''.join(_item_text(x, depth + 1) for x in shown)
     fence = '`' * max(3, 1 + max((len(m) for m in re.findall('`+', o[1])), default=0))
     return f'{fence}{dict(code="python", bash="sh").get(o[0], "text")}\n{_visible(o[1])}\n{fence}\n\n'
 
@@ -224,9 +233,10 @@ class RunView:
     ):
         run = load_run(run)
         self.tree = _cut(_tree(run), max_chars, _where(run))
-        self.facts = ' · '.join(f'{k} {v}' for k,v in self.tree['facts'])
-    def _repr_html_(self): return ''.join(map(_item_html, self.tree['head'])) + f'<p>{_escaped(self.facts)}</p>' + ''.join(map(_item_html, self.tree['turns']))
-    def _repr_markdown_(self): return ''.join(map(_item_text, self.tree['head'])) + f'{_visible(self.facts)}\n\n' + ''.join(map(_item_text, self.tree['turns']))
+        self.tree['head'].append(['note', ' · '.join(f'{k} {v}' for k,v in self.tree['facts'])])
+    def _draw(self, item): return ''.join(map(item, self.tree['head'] + self.tree['turns']))
+    def _repr_html_(self): return self._draw(_item_html)
+    def _repr_markdown_(self): return self._draw(_item_text)
     __repr__ = __str__ = _repr_markdown_
 
 def show_run(
@@ -303,31 +313,36 @@ def _block_cell(b): # A block as a cell
     return _cell('code', b.code if b.lang == 'python' else f'%%{b.lang}\n{b.code}', outputs=_outputs(b.result), metadata=meta)
 
 # %% ../nbs/07_display.ipynb #a5a1dc94
-_loads = dict(txt="open({!r}, encoding='utf-8', errors='surrogatepass', newline='').read()", bin="open({!r}, 'rb').read()", json="__import__('json').load(open({!r}, encoding='utf-8'))")
+_loads = dict(txt="{}.decode('utf-8', 'surrogatepass')", bin='{}', json='json.loads({})') # By the kind of file that the trace module keeps a context in
 
 def _context_cell(run, context, folder): # The cell that binds the context, from a copy beside the notebook
     try:
         context = _kept_context(run) if context is None else context
         name = _keep_context(folder, context, context_digest(context))
-        return _cell('code', f'context = {_loads[name.rpartition(".")[2]].format(name)}  # A copy of what the run had')
+        read = _loads[name.rpartition('.')[2]].format(f'Path({name!r}).read_bytes()')
+        return _cell('code', f'import json\nfrom pathlib import Path\ncontext = {read}  # A copy of what the run had')
     except TraceError:
-        about = run.info.get('context') or {}
-        size = f', a {about["type"]} of length {about["length"]:,}' if {'type', 'length'} <= about.keys() else ''
+        about = run.info.get('context')
+        size = f', a {about.get("type")} of length {about.get("length")}' if isinstance(about, dict) else ''
         says = ascii(f'This notebook has no copy of the context{size}: load it in this cell.')
         return _cell('code', f'context = None  # Put it here\nassert context is not None, {says}')
 
 def _record_cell(run): # The cell that holds the replies to the sub-calls
-    rows = [f'    ({_prompt_digest(str(c.prompt))!r}, {str(c.response)!r}, {c.error and _error_name(c.error)!r}),  # {ascii(_short(c.prompt, 60))}\n' for c in run.calls]
-    return _cell('code', 'from rlm.display import RecordedLM, notebook_ns\nrecorded = RecordedLM([ # For each sub-call: digest of its prompt, reply, error\n' + ''.join(rows) + '])')
+    calls = [((_prompt_digest(str(c.prompt)), str(c.response), _error_name(c)), ascii(_short(c.prompt, 60))) for c in run.calls]
+    rows = ''.join(f'    {call},  # {prompt}\n' for call, prompt in calls)
+    start = 'from rlm.display import RecordedLM, notebook_ns\nrecorded = RecordedLM([  # For each sub-call: digest of its prompt, reply, error\n'
+    return _cell('code', f'{start}{rows}])')
 
-def _error_name(error): name = error.partition(':')[0]; return name if name.isidentifier() else 'RLMError'
+def _error_name(c): name = str(c.error or '').partition(':')[0]; return (name if name.isidentifier() else 'RLMError') if c.error else None
 
 def _model_cell(run): # The cell that binds the functions
-    limit = (run.info.get('limits') or {}).get('result_truncation_limit')
+    limits = run.info.get('limits')
+    limit = _number(limits.get('result_truncation_limit')) if isinstance(limits, dict) else None
     args = f', {run.info.get("protocol") or "paper"!r}' + (f', result_truncation_limit={int(limit)}' if limit else '')
     tools = run.info.get('tools')
     note = f'\n# The run had tools, which have to be defined here: {ascii(", ".join(map(str, tools)))}' if tools else ''
-    return _cell('code', f"model = recorded  # To ask a real model instead: its name, such as {ascii(run.metadata.root_model)}\nnotebook_ns(globals(), context, model{args}){note}")
+    name = ascii(run.metadata.root_model)
+    return _cell('code', f'model = recorded  # To ask a real model instead: its name, such as {name}\nnotebook_ns(globals(), context, model{args}){note}')
 
 # %% ../nbs/07_display.ipynb #7d5c1f4b
 def _turn_cells(k, it): # Prose and blocks of a turn
@@ -339,11 +354,13 @@ def _answer_cells(run): # The answer: from its variable, where it was one, and a
     if run.answer is None: return [_cell('markdown', '## No answer')]
     kind, body = parse_final(run.iterations[-1].response) or ('', '') if run.iterations else ('', '')
     named = body.isidentifier() and (kind == 'FINAL_VAR' or body != run.answer)
-    again = [_cell('code', f'print(FINAL_VAR({body!r}))', outputs=[dict(output_type='stream', name='stdout', text=_storable(str(run.answer)) + '\n')])] if named else []
+    shown = [dict(output_type='stream', name='stdout', text=_storable(str(run.answer)) + '\n')]
+    again = [_cell('code', f'print(FINAL_VAR({body!r}))', outputs=shown)] if named else []
     return [_cell('markdown', '## Answer'), *again, _cell('markdown', _fenced(str(run.answer)))]
 
 def _notebook(run, context, folder): # The whole notebook
-    head = [_cell('markdown', f'{_fenced(_question(run))}\n\nA recorded run. Run all cells to go through it again; no model is asked unless you name one below.'),
+    head = [_cell('markdown', _fenced(_question(run))),
+        _cell('markdown', 'A recorded run. Run all cells to go through it again; no model is asked unless you name one below.'),
         _context_cell(run, context, folder), _record_cell(run), _model_cell(run)]
     cells = head + [c for k,it in enumerate(run.iterations, 1) for c in _turn_cells(k, it)] + _answer_cells(run)
     return dict(cells=[dict(c, id=f'cell-{i}') for i,c in enumerate(cells)], nbformat=4, nbformat_minor=5,

@@ -30,8 +30,10 @@ def below(msgs):
     if msgs[0]['role'] != 'system': return msgs[-1]['content'].upper()
     return 'FINAL_VAR(x)' if len(msgs) > 2 else block('x = llm_query("inner " + context)')
 
-TURNS = ['Look.\n' + block('print(len(context), context[:3])\nreplies = llm_query_batched(["a", "b", "a"])\nreplies') + block('kid = rlm_query("task")\nprint(kid)'),
-    'Fail.\n' + block('half = 1\nprint("before")\nundefined') + block('print(half)\nclass A:\n    n = 3\nA.n'), block('import warnings\nresult = f"{kid}: é\\u2028 {len(replies)}"'), 'FINAL_VAR(result)']
+TURNS = ['Look.\n' + block('print(len(context), context[:3])\nreplies = llm_query_batched(["a", "b", "a"])\nreplies') +
+    block('kid = rlm_query("task")\nprint(kid)'),
+    'Fail.\n' + block('half = 1\nprint("before")\nundefined') + block('print(half)\nclass A:\n    n = 3\nA.n'),
+    block('result = f"{kid}: é\\u2028 {len(replies)}"'), 'FINAL_VAR(result)']
 
 @pytest.mark.parametrize('form', ['result', 'log'])
 def test_it_runs_and_says_the_same(tmp_path, form):
@@ -88,14 +90,17 @@ def test_one_line_makes_it_live(tmp_path):
     path.write_text(live)
     assert 'Martha' in execute(path)[1][0][0]
 
-HOSTILE = ('<script>window.pwned=1</script>', '<img src=x onerror=alert(1)>', '[x](javascript:alert(1))', '[a]: javascript:alert(1)\n[a]', '![x](http://127.0.0.1:9/x)', '$\\href{javascript:alert(1)}{x}$',
-    '\x1b[31mred', '\u202eabc', '\ud800', '\u2028', '```\n<script>x</script>', '~~~', '"""', "'''\\", '\x00', '%%javascript\nalert(1)', '!touch pwned', 'x = !touch pwned', '%run pwned.py', 'print?', '{{x}}', '])\n__import__("os").system("touch pwned")')
+HOSTILE = ('<script>window.pwned=1</script>', '<img src=x onerror=alert(1)>', '[x](javascript:alert(1))', '[a]: javascript:alert(1)\n[a]',
+    '![x](http://127.0.0.1:9/x)', '$\\href{javascript:alert(1)}{x}$',
+    '\x1b[31mred', '\u202eabc', '\ud800', '\u2028', '```\n<script>x</script>', '~~~', '"""', "'''\\", '\x00',
+    '%%javascript\nalert(1)', '!touch pwned', 'x = !touch pwned', '%run pwned.py', 'print?', '{{x}}', '])\n__import__("os").system("touch pwned")')
 
 @pytest.mark.parametrize('s', HOSTILE, ids=[ascii(o)[:24] for o in HOSTILE])
 def test_hostile_logs(tmp_path, s):
     call = dict(root_model=s, prompt=s, response=s, error=s)
     res = dict(stdout=s, stderr=s, error=s, notes=[s], locals={s: s}, rlm_calls=[call])
-    run = dict(run_metadata=dict(root_model=s, query=s, protocol=s, tools=[s], context=dict(type=s, length=3)), iterations=[dict(prompt=s, response=f'{s}\n\n{s}', final_answer=s, notes=[s],
+    meta = dict(root_model=s, query=s, protocol=s, tools=[s], context=dict(type=s, length=3), limits=dict(result_truncation_limit=s))
+    run = dict(run_metadata=meta, iterations=[dict(prompt=s, response=f'{s}\n\n{s}', final_answer=s, notes=[s],
         code_blocks=[dict(code=s, result=res), dict(code='print(llm_query)', result={})])])
     nb = read(to_notebook(run, tmp_path/'run.ipynb', 'abc'))
     body, _ = nbconvert.HTMLExporter(template_name='basic').from_notebook_node(nb)

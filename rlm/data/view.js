@@ -1,4 +1,5 @@
-// Written by hand: what the page of `rlm view` does. A run is a tree of nodes; a node's items are nodes, or [kind, text] pairs. Text becomes text nodes, and nothing else.
+// Written by hand: what the page of `rlm view` does. A run is a tree of nodes; a node's items are nodes, or [kind, text] pairs.
+// Text becomes text nodes, and nothing else.
 'use strict'
 const $ = id => document.getElementById(id)
 const json = e => JSON.parse(e.textContent)
@@ -29,14 +30,16 @@ function paint(text, rule) {
 const asText = new Set(['text', 'question', 'answer', 'note', 'cut', 'role'])
 const names = {out: 'Output', err: 'Error', msg: 'Message', vars: 'Variables', answer: 'Answer', question: 'Question'}
 function leaf([kind, text]) {
-  const e = el(asText.has(kind) ? 'div' : 'pre', asText.has(kind) ? 'text ' + kind : kind, ...paint(text, kind == 'code' ? python : kind == 'text' ? prose : plain))
+  const flows = asText.has(kind), rule = kind == 'code' ? python : kind == 'text' ? prose : plain
+  const e = el(flows ? 'div' : 'pre', flows ? 'text ' + kind : kind, ...paint(text, rule))
   if (kind == 'question' && text.length > 300) e.classList.add('long')
   if (names[kind]) { e.tabIndex = 0; e.setAttribute('role', 'group'); e.setAttribute('aria-label', names[kind]) }
   return e
 }
 function fold(node) {
-  const error = node.error ? [el('span', 'error', node.error)] : []
-  const d = el('details', node.kind, el('summary', '', el('span', 'title', node.title), el('span', 'about', ...paint(node.about, plain)), el('span', 'sums', ...error, node.sums)))
+  const error = node.error ? [el('span', 'error', ...paint(node.error, plain))] : []
+  const parts = [el('span', 'title', ...paint(node.title, plain)), el('span', 'about', ...paint(node.about, plain)), el('span', 'sums', ...error, node.sums)]
+  const d = el('details', node.kind, el('summary', '', ...parts))
   d.node = node
   d.addEventListener('toggle', () => { if (d.open) fill(d) })
   return d
@@ -48,6 +51,7 @@ function open(d) { fill(d); d.open = true }
 // One run
 let run
 function load(i) {
+  clearTimeout(rest)
   run = json(document.querySelectorAll('script.run')[i])
   document.title = run.title
   $('head').replaceChildren(...run.head.map(leaf))
@@ -79,7 +83,8 @@ function chart(what) {
     return g
   }
   const about = `${what} by turn: ${units[what](sum)} in all, at most ${units[what](top)}`
-  return [el('span', '', what, el('br'), units[what](sum)), svg('svg', {viewBox: `0 0 ${Math.max(bars.length, 30)} 40`, preserveAspectRatio: 'none', role: 'img', 'aria-label': about}, ...bars.map(draw))]
+  const frame = {viewBox: `0 0 ${Math.max(bars.length, 30)} 40`, preserveAspectRatio: 'none', role: 'img', 'aria-label': about}
+  return [el('span', '', what, el('br'), units[what](sum)), svg('svg', frame, ...bars.map(draw))]
 }
 
 // Search goes through the data, so that what was never opened is found too
@@ -133,7 +138,12 @@ function step(by) {
 }
 
 // Hands
-let timer
+let timer, rest
+function all(todo, on) { // A hundred at a time, so that the page stays alive
+  clearTimeout(rest)
+  for (const d of todo.splice(0, 100)) on ? open(d) : d.open = false
+  if (todo.length) rest = setTimeout(all, 0, todo, on)
+}
 $('q').addEventListener('input', () => { clearTimeout(timer); timer = setTimeout(() => { if ($('q').value != asked) search() }, 150) })
 $('q').addEventListener('keydown', e => {
   if (e.key == 'Enter') { if ($('q').value != asked) search(); step(e.shiftKey ? -1 : 1) }
@@ -143,7 +153,7 @@ $('next').addEventListener('click', () => step(1))
 $('prev').addEventListener('click', () => step(-1))
 $('fold').addEventListener('click', () => {
   const on = $('fold').getAttribute('aria-pressed') == 'false'
-  for (const d of $('turns').children) on ? open(d) : d.open = false
+  all([...$('turns').children], on)
   folded(on)
 })
 $('theme').addEventListener('click', () => {
@@ -163,6 +173,10 @@ document.addEventListener('keydown', e => {
 const index = json($('index'))
 if (index.length > 1) {
   $('runs').hidden = false
-  $('runs').append(...index.map(([title, about], i) => { const b = el('button', '', ...paint(title, plain), el('small', '', about)); b.addEventListener('click', () => load(i)); return b }))
+  $('runs').append(...index.map(([title, about], i) => {
+    const b = el('button', '', ...paint(title, plain), el('small', '', about))
+    b.addEventListener('click', () => load(i))
+    return b
+  }))
 }
 load(0)
