@@ -10,6 +10,10 @@ _names = {
     'core': 'LimitExceeded Limits LMError RLMError RLMResult RunConfig arlm_run exec_code llm_query llm_query_batched load_ns rlm_iter '
         'rlm_query rlm_query_batched rlm_run save_ns',
     'lm': 'ClaudetteLM LM OfflineLM Reply ScriptLM get_lm',
+    'trace': 'CallStore RunLog load_run replay resume rewind',
+    'display': 'show_run',
+    'sandbox': 'Sandbox',
+    'vm': 'VM',
 }
 _where = {name: module for module, names in _names.items() for name in names.split()}
 __all__ = sorted(_where)

@@ -108,6 +108,9 @@ class RLMResult:
         cost = '' if not self.cost else f', ${self.cost:.4f}'
         why = f', ended by {self.limit}' if self.limit else '' if self.stop == 'answer' else f', ended by {self.stop}'
         return f'{n} turn{"s" * (n != 1)}, {u.total_calls} model call{"s" * (u.total_calls != 1)}, {u.total_tokens:,} tokens{cost}, {self.seconds:.1f} s{why}'
+    def _repr_html_(self):
+        from rlm.display import show_run
+        return show_run(self, 50_000)._repr_html_()
     def _repr_markdown_(self):
         shown = '*no answer*' if self.answer is None else self.answer
         return f'{shown}\n\n<small>{self.summary()}</small>'
