@@ -17,7 +17,7 @@ from . import repl, sandbox
 from ._worker import Wire
 from .image import Image, VMError, cache_dir, cpio, find_image, locked, need_programs
 from .repl import outside_block
-from .sandbox import RemoteNS
+from .remote import RemoteNS
 
 # %% ../nbs/09_vm.ipynb #ed42a94e
 def guest_files()->dict: # Path -> bytes, or (bytes, mode)
