@@ -143,8 +143,8 @@ def peer(path):
 def measured(kind, python):
     "The numbers of a kind, or None where it is not to be had here."
     flags, cwd = (['-E', '-s'], Path(__file__).resolve().parent) if kind == 'rlms' else ([], None)
-    res = subprocess.run([python, *flags, str(Path(__file__).resolve()), 'work', kind], stdout=subprocess.PIPE, text=True, cwd=cwd)
-    if res.returncode: print(f'{kind} could not be measured here', file=sys.stderr)
+    res = subprocess.run([python, *flags, str(Path(__file__).resolve()), 'work', kind], capture_output=True, text=True, cwd=cwd)
+    if res.returncode: print(f'{kind} could not be measured here: {res.stderr.strip().splitlines()[-1]}', file=sys.stderr)
     return json.loads(res.stdout) if res.returncode == 0 else None
 
 NAMES = dict(start='start to first result', cold='the same with no template', session='another session', empty='empty block', call='host call', context='100 MB context')
