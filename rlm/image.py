@@ -139,7 +139,8 @@ _tidy = 'rm -rf "$1/rlm" "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/
 _unused = 'doc man locale info lintian bug fonts icons'.split() # Of /usr/share
 
 def _debian(recipe, folder): # Leaves `root` and `kernel.tar` in `folder`
-    need_programs(dict(mmdebstrap='mmdebstrap', sqfstar='squashfs-tools'), 'A Debian image')
+    own = dict(newuidmap='uidmap') if os.geteuid() else {} # For a user namespace with more than one user in it
+    need_programs(dict(mmdebstrap='mmdebstrap', sqfstar='squashfs-tools') | own, 'A Debian image')
     opts = [f'--dpkgopt=path-exclude=/usr/share/{o}/*' for o in _unused]
     hooks = [_fetch_kernel.format(arch=recipe.architecture), f'tar-out /rlm/out "{folder}/kernel.tar"', _tidy]
     lines = [o for o in recipe.mirror.splitlines()]

@@ -17,7 +17,7 @@ from . import repl, sandbox
 from ._worker import Wire
 from .image import Image, VMError, cache_dir, cpio, find_image, locked, need_programs
 from .repl import outside_block
-from .sandbox import RemoteNS
+from .remote import RemoteNS
 
 # %% ../nbs/09_vm.ipynb #ed42a94e
 def guest_files()->dict: # Path -> bytes, or (bytes, mode)
@@ -249,17 +249,20 @@ def template_name(
 
 def _make_template(spec, initrd, path): # Boot a guest and save it
     for o in sorted(path.parent.glob('*/state'), key=lambda o: o.stat().st_mtime)[:-7]: shutil.rmtree(o.parent, ignore_errors=True) # The oldest
-    for o in path.parent.glob(f'{path.name}.part-*'): shutil.rmtree(o) # Of one that was killed: the lock is ours
-    part, qemu = Path(tempfile.mkdtemp(prefix=f'{path.name}.part-', dir=path.parent)), Qemu(spec, initrd)
+    for o in path.parent.glob('*.part-*'): # Of one that was killed: the lock is ours, or it is old
+        if o.name.startswith(path.name) or o.stat().st_mtime < time.time() - 3600: shutil.rmtree(o, ignore_errors=True)
+    part, qemu = Path(tempfile.mkdtemp(prefix=f'{path.name}.part-', dir=path.parent)), None
     try:
+        qemu = Qemu(spec, initrd)
         Agent(qemu.ctl, lambda msg: None).ready.result(boot_time[spec.accel])
         qemu.save(part)
         part.rename(path)
     except (TimeoutError, VMError) as e:
+        if not qemu: raise
         qemu.close()
         raise VMError(f'the virtual machine did not boot: {str(e) or "its time was up"}{qemu.said}') from None
     finally:
-        qemu.close()
+        if qemu: qemu.close()
         shutil.rmtree(part, ignore_errors=True)
 
 @contextmanager
@@ -346,19 +349,21 @@ def _inserted(link, raw): # The path of a disk in the guest that holds `raw`
         finally: os.close(fd)
         try:
             qmp('blockdev-add', driver='file', filename=f'/dev/fdset/{fdset}', **{'node-name': name, 'read-only': True})
-            qmp('device_add', driver='virtio-blk-pci', id=name, drive=name, bus=place, serial=name)
-            yield link.agent.ask('disk', slot=link.slot, serial=name)['path']
-        finally: _take_out(qmp, name, fdset)
+            with link.vm.plugging:
+                qmp('device_add', driver='virtio-blk-pci', id=name, drive=name, bus=place, serial=name)
+                path = link.agent.ask('disk', slot=link.slot, serial=name)['path']
+            yield path
+        finally:
+            with link.vm.plugging: _take_out(link.qemu, name, fdset)
 
-def _take_out(qmp, name, fdset): # The guest has to let go of it first
+def _take_out(qemu, name, fdset): # The guest has to let go of it first
     end = time.monotonic() + 15
-    with suppress(VMError): qmp('device_del', id=name) # It was not there yet
-    while True:
-        try: qmp('blockdev-del', **{'node-name': name}); break
+    with suppress(VMError): qemu.qmp('device_del', id=name) # It was not there yet
+    while qemu.alive():
+        try: qemu.qmp('blockdev-del', **{'node-name': name}); return qemu.qmp('remove-fd', **{'fdset-id': fdset})
         except VMError:
             if time.monotonic() > end: raise
             time.sleep(.01)
-    qmp('remove-fd', **{'fdset-id': fdset})
 
 # %% ../nbs/09_vm.ipynb #5bd8cb99
 class VMNS(RemoteNS):
@@ -414,7 +419,7 @@ class VM:
         self.spec, self.accels = Spec(image, memory, cpus), _accels(accel)
         need_programs({_machines[self.spec.arch][0]: _machines[self.spec.arch][3]}, 'A virtual machine', VMError)
         self.session_memory, self.processes, self.closed = session_memory or memory * 3 // 4, processes, False
-        self.lock, self.disks, self.links, self.qemu, self.agent = threading.RLock(), threading.Semaphore(DISKS), {}, None, None
+        self.lock, self.plugging, self.disks, self.links, self.qemu, self.agent = threading.RLock(), threading.Lock(), threading.Semaphore(DISKS), {}, None, None
         self._machine()
     def _machine(self): # A machine that runs
         with self.lock:
