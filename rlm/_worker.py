@@ -175,13 +175,13 @@ class Worker:
         self.calls[n] = box
         try:
             self.wire.send(dict(op='call', id=n, job=_job.get(), name=name, args=args, kwargs=kwargs), cap=self.cap)
-            return _reply(box.get())
+            return _reply(repl.interruptible(box.get))
         except BaseException: # Also when this block is interrupted: the host need not go on
             if self.calls.pop(n, None): self.wire.send(dict(op='cancel', id=n))
             raise
     def proxy(self, name, sig='', doc=''):
         "A function that the host runs."
-        def f(*args, **kwargs): return self.call(name, args, kwargs)
+        def f(*args, **kwargs): return repl.shielded(self.call, name, args, kwargs)
         f.__name__ = f.__qualname__ = name
         f.__module__, f.__doc__ = '__main__', f'{name}{sig}\n\n{doc}'.strip()
         return f

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SessionLost', 'SandboxError', 'Session', 'SessionKeeper', 'RemoteDict', 'RemoteNS']
 
-# %% ../nbs/08_remote.ipynb #9803f37e
+# %% ../nbs/08_remote.ipynb #65c4ed77
 import contextvars, inspect, itertools, os, threading, time, weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
@@ -16,7 +16,7 @@ from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail
 from ._worker import FrameError, TooLarge, decode, describe, encode, plain
 from .core import SubcallError
 from .lm import RLMError
-from .repl import Block, CodeThread, Scaffold, current_block, outside_block
+from .repl import Block, CodeThread, Scaffold, current_block, interruptible, outside_block, shielded
 
 # %% ../nbs/08_remote.ipynb #a2687689
 class SessionLost(RLMError):
@@ -25,17 +25,17 @@ class SessionLost(RLMError):
 class SandboxError(RLMError):
     "There is no sandbox to be had here; says what to do about it."
 
-# %% ../nbs/08_remote.ipynb #769e519d
+# %% ../nbs/08_remote.ipynb #bb5b4a75
 def _called(f, block, args, kwargs): # On the thread of a call
     token = current_block.set(block)
-    try: return f(*args, **kwargs)
+    try: return interruptible(lambda: f(*args, **kwargs))
     finally: current_block.reset(token)
 
 def _as_reply(res): # What a function of the host returned, as fields of a frame
     failed = {i: describe(o.error) for i,o in enumerate(res) if isinstance(o, SubcallError)} if isinstance(res, list) else {}
     return dict(value=plain(res, True), failed=failed)
 
-# %% ../nbs/08_remote.ipynb #7cd59fdf
+# %% ../nbs/08_remote.ipynb #d1c3519c
 class Session:
     "A worker as the host sees it: what it was asked, what it asks, and how it ended."
     def __init__(self,
@@ -71,7 +71,8 @@ class Session:
             now, ends = time.monotonic(), min((o for o in (deadline, self.stop_at) if o is not None), default=None)
             if ends is not None and now > ends: self.end('it did not stop in time, and its process was killed')
             elif self.stop_at: self.interrupt()
-            try: return fut.result(.2 if ends is None else min(max(ends - now, .01), .2))
+            step = .2 if ends is None else min(max(ends - now, .01), .2)
+            try: return fut.result(step) if self.stop_at else interruptible(fut.result, step) # Once is enough
             except TimeoutError:
                 if not self.link.alive(): self.end() # And something that it started holds on to the pipe
     def interrupt(self):
@@ -90,7 +91,7 @@ class Session:
             self.lost = why or f'its process ended {how}'
             self.wire.close()
             for fut in list(self.pending.values()): fut.set_exception(SessionLost(self.lost))
-            for thread in list(self.calls.values()): thread.interrupt()
+            for thread in list(self.calls.values()): thread.stop()
     def _read(self): # The reader thread: what is odd ends the session
         try:
             while True: self._take(*self.wire.recv())
@@ -102,7 +103,7 @@ class Session:
         n, op = head['id'], head['op']
         if type(n) is not int: raise FrameError('a frame without a number')
         if op == 'call': self._call(n, head)
-        elif op == 'cancel' and n in self.calls: self.calls[n].interrupt()
+        elif op == 'cancel' and n in self.calls: self.calls[n].stop()
         elif op == 'done' and n in self.pending: self.pending.pop(n).set_result((head, raw))
         else: self.odd += 1000 + self.wire.size # Late, or made up
         if self.odd > 2**29 or self.wire.out.qsize() > 10_000: raise FrameError('a flood of frames')
@@ -244,7 +245,7 @@ def _result(head, n): # A block's result, from data that is not trusted
     if isinstance(final, dict): res.final_answer = FinalAnswer(final.get('value', str(final.get('text'))), str(final.get('text')))
     return res
 
-# %% ../nbs/08_remote.ipynb #b0e70787
+# %% ../nbs/08_remote.ipynb #4f5dafea
 class RemoteNS(RemoteDict):
     "A namespace whose code runs elsewhere. A kind of it has `_open`, which starts a worker, and `child`."
     def _fill(self):
@@ -324,7 +325,7 @@ class RemoteNS(RemoteDict):
         "Run a block inside. A process that ends or has to be killed is an error in the result."
         if not isinstance(code, str): raise TypeError(f'`code` must be a str, not a {type(code).__name__}')
         if not self._running.acquire(blocking=False): raise RuntimeError('a block is running in this namespace already')
-        try: return self._exec(code, lang, timeout, max_output)
+        try: return shielded(self._exec, code, lang, timeout, max_output)
         finally: self._running.release()
     def _exec(self, code, lang, timeout, max_output):
         block, t0, s, stopped = Block(max_output), time.perf_counter(), self._live(), None
