@@ -139,7 +139,7 @@ def _signature(f): # As text, or '' for what has none
     try: return str(inspect.signature(f))
     except (TypeError, ValueError): return ''
 
-# %% ../nbs/08_remote.ipynb #6e15efd4
+# %% ../nbs/08_remote.ipynb #3bd908c3
 class SessionKeeper:
     "Has a session, and a new one with all that belongs in it after one was lost."
     def __init__(self,
@@ -148,7 +148,7 @@ class SessionKeeper:
     ):
         self.host_methods, self.max_value, self.cap = dict(host_methods or {}), max_value, max_value * 2**20 + 2**16
         self.scaffold, self.contexts, self.functions = None, {}, {}
-        self._session, self._final, self._gone, self._closed, self._pid = None, None, False, False, os.getpid()
+        self._session, self._final, self._gone, self._closed, self._stop, self._pid = None, None, False, False, None, os.getpid()
         self._lock, self._running = threading.RLock(), threading.Lock()
     @abstractmethod
     def _open(self): "A link to a new worker; see Session."
@@ -193,7 +193,8 @@ class SessionKeeper:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
     def interrupt(self):
-        "Interrupt the block that runs, from another thread; the variables stay. What goes on all the same is killed after `grace` seconds."
+        "Interrupt the block that runs, or that a run is about to start; the variables stay. What goes on all the same is killed after `grace` seconds."
+        self._stop = self.scaffold
         if self._session: self._session.interrupt()
     def kill(self):
         "End the process. The next block has a new one, with the contexts and the scaffold, and without the variables."
@@ -245,7 +246,7 @@ def _result(head, n): # A block's result, from data that is not trusted
     if isinstance(final, dict): res.final_answer = FinalAnswer(final.get('value', str(final.get('text'))), str(final.get('text')))
     return res
 
-# %% ../nbs/08_remote.ipynb #4f5dafea
+# %% ../nbs/08_remote.ipynb #eb138c78
 class RemoteNS(RemoteDict):
     "A namespace whose code runs elsewhere. A kind of it has `_open`, which starts a worker, and `child`."
     def _fill(self):
@@ -326,11 +327,12 @@ class RemoteNS(RemoteDict):
         if not isinstance(code, str): raise TypeError(f'`code` must be a str, not a {type(code).__name__}')
         if not self._running.acquire(blocking=False): raise RuntimeError('a block is running in this namespace already')
         try: return shielded(self._exec, code, lang, timeout, max_output)
-        finally: self._running.release()
+        finally: self._stop = None; self._running.release()
     def _exec(self, code, lang, timeout, max_output):
         block, t0, s, stopped = Block(max_output), time.perf_counter(), self._live(), None
         try:
             fut = s.request('exec', code.encode('utf-8', 'surrogatepass'), block, lang=lang, timeout=timeout, max_output=max_output)
+            if self._stop and self._stop is self.scaffold and self._stop.active: s.interrupt() # It came a moment too early
             try: head, _ = s.wait(fut, timeout and time.monotonic() + timeout + repl.grace)
             except (KeyboardInterrupt, repl.BlockTimeout) as e:
                 stopped = e

@@ -268,6 +268,14 @@ def test_interrupt_keeps_the_state(each):
     assert res.error == 'KeyboardInterrupt' and res.stdout == 'begun\n' and out('print(x)', each) == '1\n'
     each.interrupt(); assert out('print(x)', each) == '1\n' # There is nothing to interrupt
 
+def test_an_interrupt_that_comes_too_early(each):
+    "A run is cancelled when its block is about to start: it does not go on without anyone who waits for it."
+    each.bind(sandbox.repl.Scaffold())
+    each.interrupt()
+    assert exec_code('while True: pass', each).error == 'KeyboardInterrupt' and out('print(1)', each) == '1\n'
+    each.interrupt(); each.unbind()
+    assert out('print(2)', each) == '2\n'
+
 def test_interrupted_from_another_thread(each):
     "As a run that is cancelled does it to its children."
     th = CodeThread()
