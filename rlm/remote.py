@@ -246,7 +246,7 @@ def _result(head, n): # A block's result, from data that is not trusted
     if isinstance(final, dict): res.final_answer = FinalAnswer(final.get('value', str(final.get('text'))), str(final.get('text')))
     return res
 
-# %% ../nbs/08_remote.ipynb #eb138c78
+# %% ../nbs/08_remote.ipynb #097b8e1f
 class RemoteNS(RemoteDict):
     "A namespace whose code runs elsewhere. A kind of it has `_open`, which starts a worker, and `child`."
     def _fill(self):
@@ -339,7 +339,9 @@ class RemoteNS(RemoteDict):
                 s.interrupt()
                 head, _ = s.wait(fut)
             with self._honest(s): res = _result(head, max_output)
-        except SessionLost as e: res = REPLResult(stderr=f'SessionLost: {e}. What it had printed is lost too.\n', error=f'SessionLost: {e}'); self._gone = s.told = True
+        except SessionLost as e:
+            res = REPLResult(stderr=f'SessionLost: {e}. What it had printed is lost too.\n', error=f'SessionLost: {e}')
+            self._gone = s.told = True
         except BaseException: s.end('its block was given up'); raise
         finally: block.open = False; s.job, s.block, s.context, s.stop_at = 0, None, None, None
         if self._gone: res.notes.append(self._said()); self._gone = False
