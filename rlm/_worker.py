@@ -6,7 +6,7 @@ import builtins, contextvars, ctypes, itertools, json, os, re, signal, struct, s
 from queue import SimpleQueue
 from . import repl
 from ._rlmpaper_compat import type_name
-from .repl import Block, Scaffold, outside_block, scaffold_of
+from .repl import Block, Scaffold, outside_block
 
 _sizes = struct.Struct('!II') # Bytes of JSON, bytes of payload
 _strings = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.S) # Never backtracks; an open string goes to the end
@@ -175,13 +175,13 @@ class Worker:
         self.calls[n] = box
         try:
             self.wire.send(dict(op='call', id=n, job=_job.get(), name=name, args=args, kwargs=kwargs), cap=self.cap)
-            return _reply(box.get())
+            return _reply(repl.interruptible(box.get))
         except BaseException: # Also when this block is interrupted: the host need not go on
             if self.calls.pop(n, None): self.wire.send(dict(op='cancel', id=n))
             raise
     def proxy(self, name, sig='', doc=''):
         "A function that the host runs."
-        def f(*args, **kwargs): return self.call(name, args, kwargs)
+        def f(*args, **kwargs): return repl.shielded(self.call, name, args, kwargs)
         f.__name__ = f.__qualname__ = name
         f.__module__, f.__doc__ = '__main__', f'{name}{sig}\n\n{doc}'.strip()
         return f
@@ -242,12 +242,11 @@ class Worker:
         if head.get('host_call'):
             self.extra = dict(host_call=self.proxy('host_call', '(method, payload=None)', 'Ask the host; it names the methods that it allows.'))
             self.ns.update(self.extra)
-        return dict(python=sys.version.split()[0]), b''
 
 _keyctl = dict(x86_64=250, aarch64=219, riscv64=219, loongarch64=219, i686=288, armv7l=311, ppc64le=271, s390x=280) # Number of that system call
 
 def confine(limits):
-    "Give up what this process will not need: it dies with its parent, gains no rights, has no keyring of the caller's, and has `limits` (name in `resource` -> number)."
+    "Give up what this process will not need: it dies with its parent, gains no rights, has none of the caller's keys, and has `limits` (name -> number)."
     if sys.platform == 'linux':
         libc = ctypes.CDLL(None)
         libc.prctl(1, int(signal.SIGKILL)) # PR_SET_PDEATHSIG

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SessionLost', 'SandboxError', 'Session', 'SessionKeeper', 'RemoteDict', 'RemoteNS']
 
-# %% ../nbs/08_remote.ipynb #9803f37e
+# %% ../nbs/08_remote.ipynb #65c4ed77
 import contextvars, inspect, itertools, os, threading, time, weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping
@@ -16,7 +16,7 @@ from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail
 from ._worker import FrameError, TooLarge, decode, describe, encode, plain
 from .core import SubcallError
 from .lm import RLMError
-from .repl import Block, CodeThread, Scaffold, current_block, outside_block
+from .repl import Block, CodeThread, Scaffold, current_block, interruptible, outside_block, shielded
 
 # %% ../nbs/08_remote.ipynb #a2687689
 class SessionLost(RLMError):
@@ -25,17 +25,17 @@ class SessionLost(RLMError):
 class SandboxError(RLMError):
     "There is no sandbox to be had here; says what to do about it."
 
-# %% ../nbs/08_remote.ipynb #769e519d
+# %% ../nbs/08_remote.ipynb #bb5b4a75
 def _called(f, block, args, kwargs): # On the thread of a call
     token = current_block.set(block)
-    try: return f(*args, **kwargs)
+    try: return interruptible(lambda: f(*args, **kwargs))
     finally: current_block.reset(token)
 
 def _as_reply(res): # What a function of the host returned, as fields of a frame
     failed = {i: describe(o.error) for i,o in enumerate(res) if isinstance(o, SubcallError)} if isinstance(res, list) else {}
     return dict(value=plain(res, True), failed=failed)
 
-# %% ../nbs/08_remote.ipynb #7cd59fdf
+# %% ../nbs/08_remote.ipynb #d1c3519c
 class Session:
     "A worker as the host sees it: what it was asked, what it asks, and how it ended."
     def __init__(self,
@@ -71,7 +71,8 @@ class Session:
             now, ends = time.monotonic(), min((o for o in (deadline, self.stop_at) if o is not None), default=None)
             if ends is not None and now > ends: self.end('it did not stop in time, and its process was killed')
             elif self.stop_at: self.interrupt()
-            try: return fut.result(.2 if ends is None else min(max(ends - now, .01), .2))
+            step = .2 if ends is None else min(max(ends - now, .01), .2)
+            try: return fut.result(step) if self.stop_at else interruptible(fut.result, step) # Once is enough
             except TimeoutError:
                 if not self.link.alive(): self.end() # And something that it started holds on to the pipe
     def interrupt(self):
@@ -90,7 +91,7 @@ class Session:
             self.lost = why or f'its process ended {how}'
             self.wire.close()
             for fut in list(self.pending.values()): fut.set_exception(SessionLost(self.lost))
-            for thread in list(self.calls.values()): thread.interrupt()
+            for thread in list(self.calls.values()): thread.stop()
     def _read(self): # The reader thread: what is odd ends the session
         try:
             while True: self._take(*self.wire.recv())
@@ -102,7 +103,7 @@ class Session:
         n, op = head['id'], head['op']
         if type(n) is not int: raise FrameError('a frame without a number')
         if op == 'call': self._call(n, head)
-        elif op == 'cancel' and n in self.calls: self.calls[n].interrupt()
+        elif op == 'cancel' and n in self.calls: self.calls[n].stop()
         elif op == 'done' and n in self.pending: self.pending.pop(n).set_result((head, raw))
         else: self.odd += 1000 + self.wire.size # Late, or made up
         if self.odd > 2**29 or self.wire.out.qsize() > 10_000: raise FrameError('a flood of frames')
@@ -138,7 +139,7 @@ def _signature(f): # As text, or '' for what has none
     try: return str(inspect.signature(f))
     except (TypeError, ValueError): return ''
 
-# %% ../nbs/08_remote.ipynb #6e15efd4
+# %% ../nbs/08_remote.ipynb #3bd908c3
 class SessionKeeper:
     "Has a session, and a new one with all that belongs in it after one was lost."
     def __init__(self,
@@ -147,7 +148,7 @@ class SessionKeeper:
     ):
         self.host_methods, self.max_value, self.cap = dict(host_methods or {}), max_value, max_value * 2**20 + 2**16
         self.scaffold, self.contexts, self.functions = None, {}, {}
-        self._session, self._final, self._gone, self._closed, self._pid = None, None, False, False, os.getpid()
+        self._session, self._final, self._gone, self._closed, self._stop, self._pid = None, None, False, False, None, os.getpid()
         self._lock, self._running = threading.RLock(), threading.Lock()
     @abstractmethod
     def _open(self): "A link to a new worker; see Session."
@@ -192,7 +193,8 @@ class SessionKeeper:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
     def interrupt(self):
-        "Interrupt the block that runs, from another thread; the variables stay. What goes on all the same is killed after `grace` seconds."
+        "Interrupt the block that runs, or that a run is about to start; the variables stay. What goes on all the same is killed after `grace` seconds."
+        self._stop = self.scaffold
         if self._session: self._session.interrupt()
     def kill(self):
         "End the process. The next block has a new one, with the contexts and the scaffold, and without the variables."
@@ -244,7 +246,7 @@ def _result(head, n): # A block's result, from data that is not trusted
     if isinstance(final, dict): res.final_answer = FinalAnswer(final.get('value', str(final.get('text'))), str(final.get('text')))
     return res
 
-# %% ../nbs/08_remote.ipynb #b0e70787
+# %% ../nbs/08_remote.ipynb #097b8e1f
 class RemoteNS(RemoteDict):
     "A namespace whose code runs elsewhere. A kind of it has `_open`, which starts a worker, and `child`."
     def _fill(self):
@@ -324,19 +326,22 @@ class RemoteNS(RemoteDict):
         "Run a block inside. A process that ends or has to be killed is an error in the result."
         if not isinstance(code, str): raise TypeError(f'`code` must be a str, not a {type(code).__name__}')
         if not self._running.acquire(blocking=False): raise RuntimeError('a block is running in this namespace already')
-        try: return self._exec(code, lang, timeout, max_output)
-        finally: self._running.release()
+        try: return shielded(self._exec, code, lang, timeout, max_output)
+        finally: self._stop = None; self._running.release()
     def _exec(self, code, lang, timeout, max_output):
         block, t0, s, stopped = Block(max_output), time.perf_counter(), self._live(), None
         try:
             fut = s.request('exec', code.encode('utf-8', 'surrogatepass'), block, lang=lang, timeout=timeout, max_output=max_output)
+            if self._stop and self._stop is self.scaffold and self._stop.active: s.interrupt() # It came a moment too early
             try: head, _ = s.wait(fut, timeout and time.monotonic() + timeout + repl.grace)
             except (KeyboardInterrupt, repl.BlockTimeout) as e:
                 stopped = e
                 s.interrupt()
                 head, _ = s.wait(fut)
             with self._honest(s): res = _result(head, max_output)
-        except SessionLost as e: res = REPLResult(stderr=f'SessionLost: {e}. What it had printed is lost too.\n', error=f'SessionLost: {e}'); self._gone = s.told = True
+        except SessionLost as e:
+            res = REPLResult(stderr=f'SessionLost: {e}. What it had printed is lost too.\n', error=f'SessionLost: {e}')
+            self._gone = s.told = True
         except BaseException: s.end('its block was given up'); raise
         finally: block.open = False; s.job, s.block, s.context, s.stop_at = 0, None, None, None
         if self._gone: res.notes.append(self._said()); self._gone = False

@@ -202,7 +202,7 @@ def _open_bwrap(box): # A worker under bubblewrap
     try: return ProcessLink(group.command(argv), _environment(), box.cap, group.remove)
     except BaseException: group.remove(); raise
 
-# %% ../nbs/08_sandbox.ipynb #0d156c54
+# %% ../nbs/08_sandbox.ipynb #de5a9eb4
 def _bundle(box, home): # What runsc wants to know: a folder with our files, and a description
     shutil.copytree(_home, f'{home}/root/rlm/rlm', ignore=lambda d, names: [o for o in names if o not in _files])
     uid = random.SystemRandom().randrange(61184, 65520)
@@ -211,9 +211,9 @@ def _bundle(box, home): # What runsc wants to know: a folder with our files, and
     mounts += [dict(destination=o, source=os.path.realpath(o), type='bind', options=['ro', 'rbind']) for o in binds]
     process = dict(user=dict(uid=uid, gid=uid), cwd='/tmp', noNewPrivileges=True, capabilities={}, env=[f'{k}={v}' for k, v in _environment(box.venv).items()],
         args=_command(_python(box.venv), '/rlm', box.cap, limits=dict(CORE=0)))
-    cfg = dict(ociVersion='1.0.0', hostname='sandbox', root=dict(path='root', readonly=True), process=process, mounts=[dict(destination='/proc', source='proc', type='proc'), *mounts],
-        linux=dict(namespaces=[dict(type=o) for o in ('pid', 'network', 'ipc', 'uts', 'mount')]))
-    Path(home, 'config.json').write_text(json.dumps(cfg))
+    spaces = [dict(type=o) for o in ('pid', 'network', 'ipc', 'uts', 'mount')]
+    Path(home, 'config.json').write_text(json.dumps(dict(ociVersion='1.0.0', hostname='sandbox', root=dict(path='root', readonly=True), process=process,
+        mounts=[dict(destination='/proc', source='proc', type='proc'), *mounts], linux=dict(namespaces=spaces))))
 
 def _open_gvisor(box): # A worker under gVisor
     runsc, places = _program('runsc', 'runsc'), group_places()
@@ -233,7 +233,7 @@ def _open_process(box): # The plain process
 
 _kinds = dict(bwrap=_open_bwrap, process=_open_process, gvisor=_open_gvisor)
 
-# %% ../nbs/08_sandbox.ipynb #3755bd4f
+# %% ../nbs/08_sandbox.ipynb #3bdf37ce
 class Sandbox(RemoteNS):
     "A namespace in a process of its own: `bwrap` and `gvisor` lock it down, `process` does not."
     def __init__(self,
@@ -248,8 +248,9 @@ class Sandbox(RemoteNS):
     ):
         super().__init__(host_methods, max_value)
         self.kind, self.memory, self.processes, self.disk, self.venv = kind, memory, processes, disk, venv and os.path.abspath(venv)
+        self._options = dict(memory=memory, processes=processes, disk=disk, venv=self.venv, host_methods=host_methods, max_value=max_value)
         if kind not in _kinds: raise ValueError(f'there is no kind {kind!r}; there are: {", ".join(_kinds)}')
         self._live()
-    def child(self): return Sandbox(self.kind, memory=self.memory, processes=self.processes, disk=self.disk, venv=self.venv, host_methods=self.host_methods, max_value=self.max_value)
+    def child(self): return Sandbox(self.kind, **self._options)
     def _open(self): return _kinds[self.kind](self)
     def __repr__(self): return super().__repr__().replace('Sandbox', f'Sandbox {self.kind}')

@@ -1,7 +1,7 @@
 """The one list of hostile programs, and the table of what they do to each kind of namespace.
 
 `python tests/hostile.py` runs all of them on every kind that is here, and prints the table that stands in nbs/08_sandbox.ipynb."""
-import ctypes, os, resource, secrets, signal, socket, subprocess, sys, tempfile, textwrap, time
+import ctypes, os, resource, secrets, socket, subprocess, sys, tempfile, textwrap, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +43,14 @@ class Host:
         stack.callback(lambda: (self.victim.kill(), self.victim.wait()))
         numbers = dict(x86_64=(248, 250), aarch64=(217, 219)).get(os.uname().machine) # Of add_key and keyctl
         self.keyctl, libc = numbers and numbers[1], ctypes.CDLL(None)
-        if numbers and (n := libc.syscall(numbers[0], b'user', b'rlm-planted', self.key.encode(), len(self.key), -3)) > 0: stack.callback(libc.syscall, self.keyctl, 3, n)
+        if numbers and (n := libc.syscall(numbers[0], b'user', b'rlm-planted', self.key.encode(), len(self.key), -3)) > 0:
+            stack.callback(libc.syscall, self.keyctl, 3, n)
         self.tcp = stack.enter_context(socket.create_server(('', 0)))
         self.local = stack.enter_context(socket.socket(socket.AF_UNIX)); self.local.bind(f'\0rlm-{self.key}'); self.local.listen()
     def data(self):
         ips = {o[4][0] for o in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
-        return dict(key=self.key, file=str(self.file), dir=self.dir, pid=self.victim.pid, port=self.tcp.getsockname()[1], ips=sorted(ips), keyctl=self.keyctl, number=self.number)
+        return dict(key=self.key, file=str(self.file), dir=self.dir, pid=self.victim.pid, port=self.tcp.getsockname()[1], ips=sorted(ips),
+            here=os.path.abspath(__file__), keyctl=self.keyctl, number=self.number)
     def running(self): # Is a process with the number in its command line there?
         return any(self.number.encode() in read(p) for p in Path('/proc').glob('[0-9]*/cmdline'))
 
@@ -96,7 +98,7 @@ PROGRAMS = [
     Program('signals ignored', 'time', 'import signal\nfor n in (2, 14, 15): signal.signal(n, signal.SIG_IGN)\nwhile True: pass', 'lost', 1),
     Program('one huge allocation', 'memory', 'x = b"x" * (6 << 30)\nprint("BREACH")', '', check=failed),
     Program('memory over many children', 'group', '''
-        import os, select
+        import os, select, signal
         r, w = os.pipe()
         for i in range(20):
             if os.fork() == 0:
@@ -105,7 +107,7 @@ PROGRAMS = [
                 os.write(w, b'x'); signal.pause()
         os.close(w); held = 0
         while select.select([r], [], [], 3)[0] and os.read(r, 1): held += 1
-        if held * 200 > 2000: print('BREACH', held)'''.replace('import os,', 'import os, signal,'), ''),
+        if held * 200 > 2000: print('BREACH', held)''', ''),
     Program('fork bomb', 'group', 'import os\nwhile True:\n    try: os.fork()\n    except OSError: pass', 'lost', 2),
     Program('fork bomb, counted', 'group', '''
         import os, time
@@ -114,7 +116,8 @@ PROGRAMS = [
                 if os.fork() == 0: time.sleep(60); os._exit(0)
             except OSError: break
         else: print('BREACH')''', ''),
-    Program('reading files of the host', 'files', 'import os\n' + tries('open(H["file"]).read()', 'os.listdir(H["dir"])[0]', 'open("/etc/shadow").read()', 'os.listdir("/home")'), 'kept'),
+    Program('reading files of the host', 'files', 'import os\n' + tries(
+        'open(H["file"]).read()', 'os.listdir(H["dir"])[0]', 'open("/etc/shadow").read()', 'open(H["here"]).read()'), 'kept'),
     Program('environment of the host', 'host', '''
         import glob
         for p in glob.glob('/proc/*/environ'):
@@ -134,7 +137,8 @@ PROGRAMS = [
         print('BREACH' * any(name(p).startswith('sleep') for p in glob.glob('/proc/*/mem')))''', 'kept'),
     Program('signalling the host', 'host', 'import os\nfor pid in (H["pid"], os.getppid()):\n    try: os.kill(pid, 9)\n    except OSError: pass', ''),
     Program('killing all it can', 'host', 'import os, time\ntry: os.kill(-1, 9)\nexcept OSError: pass', ''),
-    Program('loopback of the host', 'network', 'import socket\n' + tries('socket.create_connection(("127.0.0.1", H["port"]), 1)', 'socket.create_connection(("10.0.2.2", H["port"]), 1)'), 'kept'),
+    Program('loopback of the host', 'network', 'import socket\n' + tries(
+        'socket.create_connection(("127.0.0.1", H["port"]), 1)', 'socket.create_connection(("10.0.2.2", H["port"]), 1)'), 'kept'),
     Program('local sockets of the host', 'network', 'import socket\n' + tries('socket.socket(socket.AF_UNIX).connect("\\0rlm-" + H["key"])'), 'kept'),
     Program('outside network', 'network', 'import socket\nprint([n for i, n in socket.if_nameindex()])\n' + tries(
         '[socket.create_connection((o, H["port"]), 1) for o in H["ips"] or 1/0]', 'socket.create_connection(("1.1.1.1", 443), 1)'), 'kept',
@@ -142,7 +146,8 @@ PROGRAMS = [
     Program('DNS', 'network', 'import socket\n' + tries('socket.getaddrinfo("example.com", 80)'), 'kept'),
     Program('writing outside', 'files', 'import os, sys\nflags = os.O_WRONLY | os.O_CREAT\n' + tries('os.open(H["dir"] + "/x", flags)', 'os.open("/x", flags)',
         'os.open("/usr/x", flags)', 'os.open("/etc/x", flags)', 'os.open(sys.base_prefix + "/x", flags)', 'os.open("/dev/x", flags)'), 'kept'),
-    Program('settings of the kernel', 'files', 'import os\n' + tries(*(f'os.open("/proc/{o}", os.O_WRONLY)' for o in ('sys/kernel/core_pattern', 'sys/kernel/hostname', 'sysrq-trigger'))), 'kept'),
+    Program('settings of the kernel', 'files', 'import os\n' + tries(
+        *(f'os.open("/proc/{o}", os.O_WRONLY)' for o in ('sys/kernel/core_pattern', 'sys/kernel/hostname', 'sysrq-trigger'))), 'kept'),
     Program('filling the disk', 'disk', '''
         import os
         n, part = 0, bytes(1 << 20)
@@ -158,18 +163,25 @@ PROGRAMS = [
     Program('ending its process', 'end', 'import os; os._exit(3)', 'lost', check=failed),
     Program('segfault', 'end', 'import ctypes; ctypes.string_at(0)', 'lost', check=failed),
     Program('noise in the pipe', 'frames', 'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b"\\xff" * 64)\n    except OSError: pass', 'lost', 5),
-    Program('a frame of 4 GB', 'frames', WIRE + 'import os, struct\nos.write(w.wire.wfd, struct.pack("!II", 2**32 - 1, 2**32 - 1) + bytes(1 << 16))', 'lost', 5, failed),
-    Program('a frame nested deep', 'frames', WIRE + 'import os, struct\nd = b"[" * 1_000_000\nos.write(w.wire.wfd, struct.pack("!II", len(d), 0) + d)', 'lost', 5, failed),
-    Program('a frame of many parts', 'frames', WIRE + 'import os, struct\nd = b"[" + b"{}," * 15_000_000 + b"0]"\nd = memoryview(struct.pack("!II", len(d), 0) + d)\n'
+    Program('a frame of 4 GB', 'frames', WIRE + 'import os, struct\n'
+        'os.write(w.wire.wfd, struct.pack("!II", 2**32 - 1, 2**32 - 1) + bytes(1 << 16))', 'lost', 5, failed),
+    Program('a frame nested deep', 'frames', WIRE + 'import os, struct\nd = b"[" * 1_000_000\n'
+        'os.write(w.wire.wfd, struct.pack("!II", len(d), 0) + d)', 'lost', 5, failed),
+    Program('a frame of many parts', 'frames', WIRE + 'import os, struct\nd = b"[" + b"{}," * 15_000_000 + b"0]"\n'
+        'd = memoryview(struct.pack("!II", len(d), 0) + d)\n'
         'while d: d = d[os.write(w.wire.wfd, d):]', 'lost', 10, failed),
     Program('a forged result', 'frames', WIRE + 'w.wire.send(dict(op="done", id=w.now, stdout=7, locals=[3], final={"text": []}, notes=9))', 'lost', 5, failed),
-    Program('a forged call', 'frames', WIRE + 'for f in ("eval", "FINAL", "exec_code", "__init__", "host_call"):\n    try: w.call(f, ["1"], {}); print("BREACH", f)\n    except NameError as e: pass', 'kept'),
-    Program('a flood of calls', 'frames', WIRE + 'for i in range(100_000): w.wire.send(dict(op="call", id=i, job=w.now, name="f", args=[], kwargs={}))\nimport time; time.sleep(60)', '', 5),
-    Program('a flood of frames', 'frames', WIRE + 'for i in range(3000): w.wire.send(dict(op="done", id=0), bytes(2**20))\nimport time; time.sleep(60)', 'lost', 30, failed),
+    Program('a forged call', 'frames', WIRE + 'for f in ("eval", "FINAL", "exec_code", "__init__", "host_call"):\n'
+        '    try: w.call(f, ["1"], {}); print("BREACH", f)\n    except NameError as e: pass', 'kept'),
+    Program('a flood of calls', 'frames', WIRE + 'for i in range(100_000): w.wire.send(dict(op="call", id=i, job=w.now, name="f", args=[], kwargs={}))\n'
+        'import time; time.sleep(60)', '', 5),
+    Program('a flood of frames', 'frames', WIRE + 'for i in range(3000): w.wire.send(dict(op="done", id=0), bytes(2**20))\n'
+        'import time; time.sleep(60)', 'lost', 30, failed),
     Program('builtins destroyed', 'end', 'import builtins; builtins.__dict__.clear()', 'lost', 2),
     Program('modules destroyed', 'end', 'import sys; sys.modules.clear()', '', 2),
     Program('a child left over', 'group', 'import subprocess; subprocess.Popen(["setsid", "sleep", H["number"]])', '', check=left_over),
-    Program('a thread left over', 'end', 'import threading, time\ndef f():\n    for i in range(1000): print("late"); time.sleep(.01)\nthreading.Thread(target=f).start()', 'kept', check=quiet),
+    Program('a thread left over', 'end', 'import threading, time\ndef f():\n    for i in range(1000): print("late"); time.sleep(.01)\n'
+        'threading.Thread(target=f).start()', 'kept', check=quiet),
     Program('nested user namespaces', 'userns', 'import ctypes\nif ctypes.CDLL(None).unshare(0x10000000) == 0: print("BREACH")', 'kept'),
     Program('a result of 100 MB', 'memory', 'big = "x" * 100_000_000', 'kept', check=not_bigger),
     Program('the same random numbers', 'end', '', 'kept', check=differ),
