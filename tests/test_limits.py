@@ -151,16 +151,18 @@ def test_500_children_in_one_batch():
     assert len(res.children) == 500 and numbers(res.usage) == numbers(srv.usage) and res.usage.total.total_calls >= 1501 # More where a connection was lost
     assert sum(o.usage.total.total_calls for o in res.children) == 1500
 
-def wait_for_threads(name, n=0):
+def wait_for_threads(name, before):
+    "Until there are no more than `before` the test."
     end = time.monotonic() + HANG
-    while sum(t.name == name for t in threading.enumerate()) > n:
-        assert time.monotonic() < end, f'{name} threads are left'
+    while left := [t for t in threading.enumerate() if t.name == name and t not in before]:
+        assert time.monotonic() < end, f'{left} are left'
         time.sleep(.01)
 
 def test_children_leave_no_threads():
+    before = threading.enumerate()
     model = ScriptLM(lambda msgs: block('rs = rlm_query_batched(["a", "b", "c"])', then='FINAL_VAR(rs)') if 'parent' in msgs[1]['content'] else 'FINAL(x)')
     assert rlm_run('parent', 'text', model=model, max_iters=3).value == ['x'] * 3
-    wait_for_threads('rlm-code')
+    wait_for_threads('rlm-code', before)
 
 @pytest.mark.parametrize('limits, good, words', [
     (dict(max_children_per_batch=2), 2, 'max_children_per_batch exceeded'), (dict(max_children_total=3, max_concurrency=1), 3, 'max_children_total exceeded')])
@@ -275,14 +277,14 @@ def test_timeout_of_one_child(how):
 
 def test_timeout_of_the_run_ends_children():
     "All levels below end with it, and their calls are cancelled."
-    gone = []
+    gone, before = [], threading.enumerate()
     async def model(msgs):
         if 'parent' in msgs[1]['content']: return block('rs = rlm_query_batched(list("abc"))', then='FINAL_VAR(rs)')
         try: await asyncio.sleep(600)
         except asyncio.CancelledError: gone.append(1); raise
     res = rlm_run('parent', 'text', model=model, limits=dict(timeout=1))
     assert res.stop == 'timeout' and gone == [1] * 3 and res.seconds < HANG
-    wait_for_threads('rlm-code')
+    wait_for_threads('rlm-code', before)
 
 def test_a_batch_at_the_time_limit_has_all_its_slots():
     async def model(msgs):
