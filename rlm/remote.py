@@ -35,7 +35,7 @@ def _as_reply(res): # What a function of the host returned, as fields of a frame
     failed = {i: describe(o.error) for i,o in enumerate(res) if isinstance(o, SubcallError)} if isinstance(res, list) else {}
     return dict(value=plain(res, True), failed=failed)
 
-# %% ../nbs/08_remote.ipynb #d1c3519c
+# %% ../nbs/08_remote.ipynb #ce594b38
 class Session:
     "A worker as the host sees it: what it was asked, what it asks, and how it ended."
     def __init__(self,
@@ -90,13 +90,14 @@ class Session:
             how = self.link.kill(wait=not why)
             self.lost = why or f'its process ended {how}'
             self.wire.close()
-            for fut in list(self.pending.values()): fut.set_exception(SessionLost(self.lost))
+            for n in list(self.pending): # The reader may be about to take one of them
+                if fut := self.pending.pop(n, None): fut.set_exception(SessionLost(self.lost))
             for thread in list(self.calls.values()): thread.stop()
     def _read(self): # The reader thread: what is odd ends the session
         try:
             while True: self._take(*self.wire.recv())
         except (EOFError, OSError): why = ''
-        except (FrameError, KeyError, TypeError, ValueError, AttributeError) as e: why = f'it broke the protocol and was killed ({head_tail(str(e), 200)})'
+        except Exception as e: why = f'it broke the protocol and was killed ({head_tail(str(e), 200)})'
         self.end(why)
         os.close(self.wire.rfd)
     def _take(self, head, raw):
@@ -104,7 +105,7 @@ class Session:
         if type(n) is not int: raise FrameError('a frame without a number')
         if op == 'call': self._call(n, head)
         elif op == 'cancel' and n in self.calls: self.calls[n].stop()
-        elif op == 'done' and n in self.pending: self.pending.pop(n).set_result((head, raw))
+        elif op == 'done' and (fut := self.pending.pop(n, None)): fut.set_result((head, raw))
         else: self.odd += 1000 + self.wire.size # Late, or made up
         if self.odd > 2**29 or self.wire.out.qsize() > 10_000: raise FrameError('a flood of frames')
     def _call(self, n, head): # A call of the host, each on a thread of its own
