@@ -221,11 +221,11 @@ class Run:
         return reply
     def execute(self, step):
         "Run one block. A time limit of the whole run ends it too, but leaves a second, for a draft of the answer to be read."
-        if self.over: raise RLMError('this run is over')
         left = self.clock.left()
         timeout = min((o for o in (self.limits.block_timeout, left and max(left, 1.)) if o is not None), default=None)
         self.emit('block', 'start', code=step.code, lang=step.lang)
         self.late = []
+        if self.over: raise RLMError('this run is over') # By now, or by a callback of the event
         res = exec_code(step.code, self.ns, lang=step.lang, timeout=timeout, thread=self.thread)
         res.llm_calls.extend(self.late)
         if cut := sum(c.stop_reason == 'max_tokens' for c in res.llm_calls):
