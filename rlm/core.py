@@ -497,8 +497,12 @@ def rlm_run(
     if ns is None: ns = {}
     return finish(_new_run(query, ns, model=model, max_iters=max_iters, **options), query, context)
 
-async def _stay_awake(): # A Ctrl-C that comes just as a loop falls asleep is seen only when that wakes
-    while True: await asyncio.sleep(.2)
+@contextmanager
+def _awake(loop): # A Ctrl-C that comes just as a loop falls asleep is seen only when that wakes
+    def again(): nonlocal timer; timer = loop.call_later(.2, again)
+    timer = loop.call_later(.2, again)
+    try: yield
+    finally: timer.cancel()
 
 async def arlm_run(
     query:str, # The question
@@ -513,11 +517,8 @@ async def arlm_run(
     run = _new_run(query, ns, True, model=model, max_iters=max_iters, **options)
     async def ask(step): return await on_loop(run.ask())
     async def execute(step): return await in_thread(run.execute, step)
-    awake = asyncio.create_task(_stay_awake())
-    try:
-        with running(run, query, context) as t:
-            async for it in adrive(rlm_steps(t), ask, execute): run.emit('turn', number=len(t.iterations), iteration=it)
-    finally: awake.cancel()
+    with _awake(asyncio.get_running_loop()), running(run, query, context) as t:
+        async for it in adrive(rlm_steps(t), ask, execute): run.emit('turn', number=len(t.iterations), iteration=it)
     return run.result
 
 def rlm_iter(
