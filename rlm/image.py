@@ -49,7 +49,7 @@ def locked(
 # %% ../nbs/08a_image.ipynb #812ff8c0
 PACKAGES = tuple('''python3 ripgrep jq fd-find file tree tar unzip gzip sqlite3 git diffutils poppler-utils findutils coreutils bash grep sed gawk
     tzdata'''.split())
-MODULES = 'virtio_pci virtio_blk virtio_console virtio_net squashfs'.split() # Of the kernel; those they depend on come with them
+MODULES = 'virtio_pci virtio_blk virtio_console squashfs'.split() # Of the kernel; those they depend on come with them
 
 # What the builder's shell does with the new root in $1: fetch the kernel, and leave out what a guest has no use for
 _fetch_kernel = '''set -e
