@@ -49,7 +49,15 @@ def locked(
 # %% ../nbs/08a_image.ipynb #812ff8c0
 PACKAGES = tuple('''python3 ripgrep jq fd-find file tree tar unzip gzip sqlite3 git diffutils poppler-utils findutils coreutils bash grep sed gawk
     tzdata'''.split())
-MODULES = 'virtio_pci virtio_blk virtio_console virtio_net squashfs'.split() # Of the kernel; those they depend on come with them
+MODULES = 'virtio_pci virtio_blk virtio_console squashfs'.split() # Of the kernel; those they depend on come with them
+
+# What the builder's shell does with the new root in $1: fetch the kernel, and leave out what a guest has no use for
+_fetch_kernel = '''set -e
+mkdir "$1/rlm"; cd "$1/rlm"
+kernel=$(apt-cache depends linux-image-cloud-{arch} | sed -n 's/.*Depends: \\(linux-image-[0-9].*\\)/\\1/p' | head -n 1)
+apt-get -q download "$kernel" busybox-static
+for o in *.deb; do dpkg-deb -x "$o" out; rm "$o"; done'''
+_tidy = 'rm -rf "$1/rlm" "$1/home" "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/log/*; ln -s /usr/bin/fdfind "$1/usr/local/bin/fd"'
 
 @dataclass(frozen=True)
 class Recipe:
@@ -68,7 +76,7 @@ class Recipe:
         return replace(self, suite=self.suite or (own[0].split()[2] if own else 'stable'), mirror=self.mirror or '\n'.join(own), architecture=arch)
     def digest(self)->str: # 16 hex digits
         "The name that an image of this recipe is kept under."
-        return hashlib.sha256(json.dumps([1, asdict(self.filled())]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([_fetch_kernel, _tidy, MODULES, asdict(self.filled())]).encode()).hexdigest()[:16]
 
 def _apt_sources(suite): # Debian's own lines of this machine's apt, of one release and its updates; [] on other systems
     if not shutil.which('apt-get'): return []
@@ -130,12 +138,6 @@ def _kernel_parts(
     return found['kernel'], cpio({'bin/busybox': (found['busybox'], 0o755)} | files)
 
 # %% ../nbs/08a_image.ipynb #0546e60d
-_fetch_kernel = '''set -e
-mkdir "$1/rlm"; cd "$1/rlm"
-kernel=$(apt-cache depends linux-image-cloud-{arch} | sed -n 's/.*Depends: \\(linux-image-[0-9].*\\)/\\1/p' | head -n 1)
-apt-get -q download "$kernel" busybox-static
-for o in *.deb; do dpkg-deb -x "$o" out; rm "$o"; done'''
-_tidy = 'rm -rf "$1/rlm" "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/log/*; ln -s /usr/bin/fdfind "$1/usr/local/bin/fd"'
 _unused = 'doc man locale info lintian bug fonts icons'.split() # Of /usr/share
 
 def _debian(recipe, folder): # Leaves `root` and `kernel.tar` in `folder`

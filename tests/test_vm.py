@@ -201,14 +201,13 @@ print(vm.qemu.proc.pid, flush=True)
 @pytest.mark.parametrize('end', ['exec_code("while True: pass", ns)', 'os._exit(3)', 'sys.exit()', 'threading.Thread(target=exec_code, args=("while True: pass", ns), daemon=True).start()'],
     ids=['killed', 'exit at once', 'exit', 'exit in a block'])
 def test_nothing_is_left_of_a_host_that_ends(vm, tmp_path, end):
-    parts = lambda: set(cache_dir('templates').glob('*.part-*'))
-    before, p = parts(), subprocess.Popen([sys.executable, '-c', HOST + end], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | dict(TMPDIR=str(tmp_path)))
+    p = subprocess.Popen([sys.executable, '-c', HOST + end], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | dict(TMPDIR=str(tmp_path)))
     qemu = int(p.stdout.readline())
     assert end[:4] != 'exec' or exists(qemu)
     if end[:4] == 'exec': p.kill()
     assert p.wait(30) in (0, 3, -9) and p.stderr.read() == ''
     until(lambda: not exists(qemu))
-    assert not list(tmp_path.iterdir()) and parts() == before
+    assert not list(tmp_path.iterdir())
 
 def test_closing_leaves_nothing(image):
     with VM(image, accel='tcg') as vm: vm.ns().close() # Whatever is made once is there now
