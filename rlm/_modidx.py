@@ -15,6 +15,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'rlm.cli.open_ns': ('cli.html#open_ns', 'rlm/cli.py'),
                          'rlm.cli.read_context': ('cli.html#read_context', 'rlm/cli.py'),
                          'rlm.cli.read_file': ('cli.html#read_file', 'rlm/cli.py'),
+                         'rlm.cli.replay_command': ('cli.html#replay_command', 'rlm/cli.py'),
+                         'rlm.cli.replay_parser': ('cli.html#replay_parser', 'rlm/cli.py'),
                          'rlm.cli.tell': ('cli.html#tell', 'rlm/cli.py')},
             'rlm.core': { 'rlm.core.Event': ('core.html#event', 'rlm/core.py'),
                           'rlm.core.RLMResult': ('core.html#rlmresult', 'rlm/core.py'),

@@ -63,7 +63,7 @@ def test_a_log_and_a_store(tmp_path):
         assert first.stdout == second.stdout == 'In 1907.\n' and n == len(srv.requests) == 3, (first, second)
         again = go('one.jsonl')
         assert again.returncode == 1 and 'finished; name another file' in again.stderr and len(again.stderr.splitlines()) == 1
-    p = rlm('replay', 'two.jsonl', '--context', 'a.txt', cwd=tmp_path)
+    p = rlm('replay', 'two.jsonl', 'a.txt', cwd=tmp_path)
     assert p.returncode == 0 and '1 of 1 blocks are the same' in p.stdout
     p = rlm('replay', 'two.jsonl', cwd=tmp_path)
     assert p.returncode == 1 and p.stderr == 'rlm: the log does not hold the context: pass `context`\n'
