@@ -1,6 +1,7 @@
 """The kinds of namespace that the tests run on, each as a context manager; what is missing on this machine is skipped, with a reason."""
 from contextlib import contextmanager
 import pytest
+from rlm.image import build_image
 
 KINDS = ['local', 'process', 'sandbox', 'vm']
 
@@ -10,7 +11,6 @@ def new_ns(kind):
     elif kind == 'vm':
         with shared_vm().ns() as ns: yield ns
     else:
-        pytest.importorskip('rlm.sandbox')
         from rlm.sandbox import Sandbox, SandboxError
         try: ns = Sandbox(kind='process' if kind == 'process' else 'bwrap')
         except SandboxError as e: pytest.skip(str(e))
@@ -19,9 +19,8 @@ def new_ns(kind):
 _vm = []
 def shared_vm():
     "One machine for all tests: sessions are what is made anew."
-    pytest.importorskip('rlm.vm')
     from rlm.vm import VM, VMError
     if not _vm:
-        try: _vm.append(VM(accel='tcg'))
+        try: _vm.append(VM(build_image(), accel='tcg')) # Builds it the first time
         except VMError as e: pytest.skip(str(e))
     return _vm[0]
