@@ -2,6 +2,8 @@
 from contextlib import contextmanager
 import pytest
 from rlm.image import build_image
+from rlm.sandbox import Sandbox, SandboxError
+from rlm.vm import VM, VMError
 
 KINDS = ['local', 'process', 'sandbox', 'vm']
 
@@ -11,7 +13,6 @@ def new_ns(kind):
     elif kind == 'vm':
         with shared_vm().ns() as ns: yield ns
     else:
-        from rlm.sandbox import Sandbox, SandboxError
         try: ns = Sandbox(kind='process' if kind == 'process' else 'bwrap')
         except SandboxError as e: pytest.skip(str(e))
         with ns: yield ns
@@ -19,7 +20,6 @@ def new_ns(kind):
 _vm = []
 def shared_vm():
     "One machine for all tests: sessions are what is made anew."
-    from rlm.vm import VM, VMError
     if not _vm:
         try: _vm.append(VM(build_image(), accel='tcg')) # Builds it the first time
         except VMError as e: pytest.skip(str(e))
