@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['type_name', 'type_module', 'SCAFFOLD', 'RLM_SYSTEM_PROMPT', 'PAPER', 'ANSWER', 'NANO', 'COMPACT_PROMPT',
            'text_length', 'QueryMetadata', 'Record', 'jsonable', 'ModelUsageSummary', 'UsageSummary',
-           'RLMChatCompletion', 'REPLResult', 'CodeBlock', 'RLMIteration', 'RLMMetadata', 'Fence', 'find_fences',
-           'runnable', 'find_code_blocks', 'cut_off', 'parse_final', 'FinalAnswer', 'find_final_answer', 'bound_names',
-           'head_tail', 'format_execution_result', 'text_metadata', 'format_metadata', 'Protocol',
+           'RLMChatCompletion', 'REPLResult', 'CodeBlock', 'RLMIteration', 'RLMMetadata', 'parse_code', 'Fence',
+           'find_fences', 'runnable', 'find_code_blocks', 'cut_off', 'parse_final', 'FinalAnswer', 'find_final_answer',
+           'bound_names', 'head_tail', 'format_execution_result', 'text_metadata', 'format_metadata', 'Protocol',
            'describe_environment', 'describe_context', 'build_rlm_system_prompt', 'build_user_prompt', 'compact',
            'preview', 'format_iteration', 'add_message']
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #a2d44a48
-import ast, functools, json, math, re
+import ast, functools, json, math, os, re, threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import FunctionType, ModuleType
@@ -213,6 +213,20 @@ class RLMMetadata(Record):
     @classmethod
     def from_dict(cls, d): return cls(**{f.name: d[f.name] for f in fields(cls) if f.name in d})
 
+# %% ../nbs/00_rlmpaper_compat.ipynb #66956d23
+def _new_lock(): # Also in a forked child, where nobody would open the old one
+    global _parsing
+    _parsing = threading.RLock()
+_new_lock()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_lock)
+
+def parse_code(
+    code:str, # Python source
+    name:str='<unknown>', # File name for tracebacks
+)->ast.Module:
+    "`ast.parse`, for one thread at a time: Python 3.11 counts the depth of all of them together, and stumbles (CPython issue 106905)."
+    with _parsing: return ast.parse(code, name)
+
 # %% ../nbs/00_rlmpaper_compat.ipynb #83bea667
 @dataclass(frozen=True)
 class Fence:
@@ -230,7 +244,7 @@ def _closes(line, mark): s = line.strip(); return len(s) >= len(mark) and not s.
 
 def _open_string(code): # The quotes of a triple-quoted string that `code` opens and does not close, or None
     if '"""' not in code and "'''" not in code: return
-    try: ast.parse(code)
+    try: parse_code(code)
     except SyntaxError as e:
         if 'unterminated triple-quoted' in str(e.msg): return re.search('"""|\'\'\'', '\n'.join(code.split('\n')[e.lineno-1:])[e.offset-1:])[0]
     except (ValueError, MemoryError, RecursionError): pass
@@ -363,7 +377,7 @@ def bound_names(
     code:str, # Python source
 )->set[str]: # Names that it assigns, imports or defines at the top level
     "Names that `code` binds in its namespace; empty if it does not parse."
-    try: tree = ast.parse(code)
+    try: tree = parse_code(code)
     except (SyntaxError, ValueError, MemoryError, RecursionError): return set()
     res, todo = set(), list(tree.body)
     while todo:

@@ -6,12 +6,12 @@
 __all__ = ['run_html', 'view_parser', 'view_command', 'RunView', 'show_run', 'RecordedLM', 'notebook_ns', 'to_notebook']
 
 # %% ../nbs/07_display.ipynb #203916b0
-import argparse, ast, base64, hashlib, html, json, os, re
+import argparse, base64, hashlib, html, json, os, re
 from collections import Counter, defaultdict
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from ._rlmpaper_compat import CodeBlock, PAPER, RLMChatCompletion, RLMIteration, find_fences, parse_final
+from ._rlmpaper_compat import CodeBlock, PAPER, RLMChatCompletion, RLMIteration, find_fences, parse_code, parse_final
 from .core import Run, make_config
 from .lm import LM, Reply, RLMError, Usage
 from .repl import Scaffold, bind, bind_context, unbind
@@ -303,7 +303,7 @@ def _outputs(r): # What a block did, as outputs
     return out
 
 def _is_python(code):
-    try: ast.parse(code)
+    try: parse_code(code)
     except (SyntaxError, ValueError, MemoryError, RecursionError): return False
     return True
 

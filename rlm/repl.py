@@ -16,7 +16,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail, type_module, type_name
+from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail, parse_code, type_module, type_name
 
 # %% ../nbs/01_repl.ipynb #3a76b0a5
 class CappedText:
@@ -324,7 +324,7 @@ def _show(value, cap): # The repr of a last expression
 def _run(code, ns, cap): # Compile and run; raises what the code raises
     code = code.removeprefix('\ufeff')
     name = _remember(code)
-    tree = ast.parse(code, name)
+    tree = parse_code(code, name)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     body = compile(tree, name, 'exec', dont_inherit=True)
     last = last and compile(ast.Expression(last.value), name, 'eval', dont_inherit=True) # All compiles before anything runs

@@ -747,6 +747,17 @@ def test_two_blocks_in_one_namespace_at_once():
     with ThreadPoolExecutor(4) as ex: outs = list(ex.map(one, range(4)))
     assert [o.error for o in outs] == [None] * 4 and {f'x{i}' for i in range(4)} <= set(ns)
 
+def test_blocks_are_parsed_side_by_side():
+    "Python 3.11 stumbles over parsers on several threads, where code that runs in the collector lets another thread go on."
+    switch, threshold, gate = sys.getswitchinterval(), gc.get_threshold(), threading.Barrier(8)
+    def watch(*a): sum(range(50)); list(map(str, range(50))); [i for i in range(100)]
+    def one(i): gate.wait(HANG); return {exec_code('class A:\n  def f(self, x): return [y * (2 + x) for y in x if (lambda: 1)()]\n' * 20, {}).error for _ in range(80)}
+    gc.callbacks.append(watch)
+    try:
+        gc.set_threshold(50); sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(8) as ex: assert set().union(*ex.map(one, range(8))) == {None}
+    finally: gc.callbacks.remove(watch); gc.set_threshold(*threshold); sys.setswitchinterval(switch)
+
 @pytest.mark.parametrize('n', [1, 3])
 def test_a_code_thread_runs_its_jobs_in_order(n):
     th, seen = CodeThread(), []
