@@ -279,19 +279,22 @@ def _translate(e, lm): # What the client raised -> one of ours
     if isinstance(e, a.NotFoundError): return LMModelError(f'{where} has no model {lm.name!r} ({said}); pass another `model`')
     if isinstance(e, a.APIConnectionError):
         return LMConnectionError(f'no connection to {where} ({e.__cause__ or said}); check the address, the network and whether the server runs')
-    if isinstance(e, a.APIStatusError): return LMError(f'{where} answered {e.status_code}: {said}')
+    if isinstance(e, a.APIStatusError):
+        wait = e.response.headers.get('retry-after')
+        return LMError(f'{where} answered {e.status_code}: {said}' + (f' (it asks to wait for {wait} s)' if wait else ''))
     return LMError(f'{where} sent a broken reply ({type(e).__name__}: {said})')
 
 # %% ../nbs/02_lm.ipynb #20ef7889
-def _pause(e, n): # Seconds to wait before another try after `n`; None where that is no use
+def _pause(e, n, most): # Seconds to wait before another try after `n`; None where that is no use, or it would be more than `most`
     import anthropic as a
     status, headers = getattr(e, 'status_code', None), getattr(getattr(e, 'response', None), 'headers', {})
     wire = type(e).__module__.partition('.')[0] in ('httpx', 'httpx2', 'httpcore', 'httpcore2') # The SDK lets these through from a stream
     absent = isinstance(e, a.APIConnectionError) and type(e.__cause__).__name__ == 'ConnectError'
     again = status in (200, 408, 409, 429) or (status or 0) >= 500 or isinstance(e, (a.APIConnectionError, _BrokenReply, json.JSONDecodeError)) or wire
     if not again or headers.get('x-should-retry') == 'false' or absent and n > 2: return
-    try: return max(float(headers['retry-after']), 0)
-    except (KeyError, ValueError): return min(.25 * 2 ** n, 8) * random.uniform(.75, 1)
+    try: wait = max(float(headers['retry-after']), 0)
+    except (KeyError, ValueError): wait = min(.25 * 2 ** n, 8) * random.uniform(.75, 1)
+    return wait if wait <= most else None
 
 # %% ../nbs/02_lm.ipynb #ef0b92c5
 def _block(text, cached=False): # A text block as the Messages API has it; empty text is refused there
@@ -337,7 +340,7 @@ async def _call(lm, msgs, cache): # All tries; returns the message and what the 
             try: return await _send(lm, msgs, cache), lost
             except Exception as e:
                 if hasattr(e, 'used'): lost += _usage(lm, e.used)
-                pause = _pause(e, n) if n < lm.retries else None
+                pause = _pause(e, n, lm.client_args[-1]) if n < lm.retries else None
                 if pause is None: raise _translate(e, lm) from e
             await asyncio.sleep(pause)
     except (LMError, asyncio.CancelledError) as e: e.usage = lost; raise
