@@ -203,7 +203,7 @@ class Run:
         if self.thread: self.thread.stop()
     async def ask(self):
         "The call for one turn."
-        if self.over: raise RLMError('this run is over')
+        if self.over: raise RLMError('the run was cancelled')
         number = len(self.t.iterations) + 1
         self.emit('turn', 'start', number=number)
         reply = await self.fetch(self.lm, self.t.msgs, self.cfg.cache)
@@ -225,7 +225,7 @@ class Run:
         timeout = min((o for o in (self.limits.block_timeout, left and max(left, 1.)) if o is not None), default=None)
         self.emit('block', 'start', code=step.code, lang=step.lang)
         self.late = []
-        if self.over: raise RLMError('this run is over') # By now, or by a callback of the event
+        if self.over: raise RLMError('the run was cancelled') # By now, or by a callback of the event
         res = exec_code(step.code, self.ns, lang=step.lang, timeout=timeout, thread=self.thread)
         res.llm_calls.extend(self.late)
         if cut := sum(c.stop_reason == 'max_tokens' for c in res.llm_calls):
