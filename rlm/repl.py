@@ -6,10 +6,10 @@
 __all__ = ['current_block', 'grace', 'CappedText', 'Block', 'outside_block', 'summarize', 'summarize_ns', 'show_vars',
            'BlockTimeout', 'Answer', 'Scaffold', 'here_or_there', 'scaffold_of', 'bind', 'rebind', 'unbind', 'visible',
            'bind_context', 'context_metadata', 'begin', 'settle', 'describe_error', 'Gate', 'interruptible', 'shielded',
-           'CodeThread', 'exec_code']
+           'CodeThread', 'exec_code', 'unnumbered']
 
 # %% ../nbs/01_repl.ipynb #41296eea
-import ast, builtins, codecs, contextvars, ctypes, functools, itertools, json, linecache, os, random, signal, subprocess, sys, threading, time, traceback
+import ast, builtins, codecs, contextvars, ctypes, functools, itertools, json, linecache, os, random, re, signal, subprocess, sys, threading, time, traceback
 from collections import deque
 from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future, wait
@@ -516,17 +516,20 @@ def _pump(f, text): # What is there, as it comes
     dec = codecs.getincrementaldecoder('utf-8')('replace')
     for b in iter(lambda: os.read(f.fileno(), 65536), b''): text.write(dec.decode(b))
 
-def _run_bash(code, block, timeout): # Returns a BlockTimeout or None
+def _await(p, timeout): # Until a process ends. What is raised in another thread comes only between two bytecodes, so it looks again and again
+    t0, pause = time.monotonic(), .0005
+    while p.poll() is None:
+        if timeout is not None and time.monotonic() - t0 > timeout: raise BlockTimeout(f'stopped after {timeout:g} s')
+        interruptible(time.sleep, pause := min(2 * pause, .05))
+
+def _run_bash(code, block, timeout): # Foreign code in a process of its own; nothing of it is left where it is interrupted
     kw = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     p = subprocess.Popen(['bash', '-c', code], start_new_session=True, **kw)
     with outside_block():
         pumps = [threading.Thread(target=_pump, args=a, daemon=True) for a in ((p.stdout, block.stdout), (p.stderr, block.stderr))]
         for o in pumps: o.start()
-    try: p.wait(timeout)
-    except BaseException as e:
-        os.killpg(p.pid, signal.SIGKILL); p.wait()
-        if not isinstance(e, subprocess.TimeoutExpired): raise
-        raise BlockTimeout(f'stopped after {timeout:g} s') from None
+    try: _await(p, timeout)
+    except BaseException: os.killpg(p.pid, signal.SIGKILL); p.wait(); raise
     finally:
         for o in pumps: o.join(1)
     if p.returncode: block.stderr.write(f'exit code {p.returncode}\n')
@@ -573,7 +576,7 @@ def exec_code(
     if scaffold is not None: begin(scaffold)
     streams = _install()
     bash = lang in ('bash', 'sh')
-    def job(): _run_bash(code, block, timeout) if bash else _run(code, ns, max_output)
+    def job(): shielded(_run_bash, code, block, timeout) if bash else _run(code, ns, max_output)
     err, ctrl_c = _guarded(job, block, None if bash else timeout, thread)
     block.open = True
     odd, again = _guarded(lambda: _finish(res, ns, scaffold), block, grace, thread)
@@ -584,10 +587,19 @@ def exec_code(
 # %% ../nbs/01_repl.ipynb #15c85b4b
 def _result(res, block, err, ctrl_c): # The REPLResult with its texts, returned or hung on a KeyboardInterrupt
     if err is not None:
-        text, res.error = describe_error(err)
+        res.error, said = type_name(type(err)), []
+        _guarded(lambda: said.append(describe_error(err)), block, grace, None) # Its text may be code of the block's own, which need not end
+        text, res.error = said[0] if said else (f'{res.error}\n', res.error)
         block.stderr.write(text)
     res.stdout, res.stderr = block.stdout.text(), block.stderr.text()
     if not ctrl_c: return res
     e = KeyboardInterrupt('interrupted while a block was running')
     e.block = res
     raise e
+
+# %% ../nbs/01_repl.ipynb #8d6465b9
+def unnumbered(
+    text:str, # May hold names of blocks, as in a traceback
+)->str: # The same in every process
+    "`text` without the numbers of blocks, so that it can be compared."
+    return re.sub(r'<block \d+>', '<block>', text)

@@ -3,7 +3,7 @@ import asyncio, gc, json, os, signal, sys, textwrap, threading, time, tracemallo
 from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 from hypothesis import given, strategies as st
-from common import HANG, at, elsewhere, forks, in_child, on_both, posix, script
+from common import HANG, at, elsewhere, forks, in_child, on_both, posix, script, until
 from rlm import repl
 from rlm._rlmpaper_compat import REPLResult
 from rlm.repl import CodeThread, Scaffold, bind, exec_code, interruptible, shielded, show_vars, summarize, unbind
@@ -800,3 +800,24 @@ def test_wrong_arguments(args, words):
 def test_next_to_nothing(code):
     res = exec_code(code, {})
     assert isinstance(res, REPLResult) and (code == ';') == (res.error is not None)
+
+@on_both
+def test_an_error_whose_text_has_no_end(off_main, monkeypatch):
+    monkeypatch.setattr(repl, 'grace', .2)
+    res = at(off_main, exec_code, 'class E(Exception):\n def __str__(self):\n  while True: pass\nraise E', {}, timeout=.2)
+    assert res.error.startswith('E') and 'E' in res.stderr and res.stdout == ''
+
+def test_what_an_errors_text_prints_is_the_blocks(capsys):
+    res = exec_code('class E(Exception):\n def __str__(self): print("said"); return "text"\nraise E', {})
+    assert (res.stdout, res.error, capsys.readouterr().out) == ('said\n', 'E: text', '')
+
+@posix
+def test_bash_on_a_thread_ends_when_it_is_interrupted(tmp_path):
+    thread, out = repl.CodeThread(), []
+    t = threading.Thread(target=lambda: out.append(exec_code(f'echo $$ > {tmp_path}/pid; exec sleep 300', {}, lang='bash', thread=thread)), daemon=True); t.start()
+    until(lambda: (tmp_path/'pid').exists() and (tmp_path/'pid').read_text().strip())
+    thread.stop()
+    until(lambda: out)
+    assert out[0].error.startswith('BlockTimeout') and 'still there' not in out[0].error
+    with pytest.raises(ProcessLookupError): os.kill(int((tmp_path/'pid').read_text()), 0)
+    thread.close()
