@@ -108,7 +108,7 @@ PROGRAMS = [
         os.close(w); held = 0
         while select.select([r], [], [], 3)[0] and os.read(r, 1): held += 1
         if held * 200 > 2000: print('BREACH', held)''', ''),
-    Program('fork bomb', 'group', 'import os\nwhile True:\n    try: os.fork()\n    except OSError: pass', 'lost', 2),
+    Program('fork bomb', 'group', 'import os\nwhile True:\n    try: os.fork()\n    except OSError: pass', '', 2),
     Program('fork bomb, counted', 'group', '''
         import os, time
         for n in range(5000):

@@ -7,7 +7,7 @@ from rlm.display import to_notebook
 from rlm.trace import RunLog, replay
 from common import block
 
-SHARED = Path(__file__).parents[2]/'../shared/data/trajectories'
+SHARED = Path(__file__).parents[2]/'shared/data/trajectories'
 TRACES = sorted(SHARED.glob('traces/*.jsonl.gz'))
 
 def shown(cell): # (printed and displayed text, name of the error)

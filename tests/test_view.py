@@ -10,7 +10,7 @@ sync_api = pytest.importorskip('playwright.sync_api', reason='the Python package
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='there is no chromium on this machine')
 ARGS = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
-TRACES = sorted(Path(__file__).parents[2].glob('../shared/data/trajectories/traces/*.jsonl.gz'))
+TRACES = sorted(Path(__file__).parents[2].glob('shared/data/trajectories/traces/*.jsonl.gz'))
 
 @pytest.fixture(scope='module')
 def chromium():
