@@ -35,7 +35,7 @@ class Trajectory:
     shown: bool = False # True where the first message holds the whole context
     max_errors: int|None = None # Turns in a row whose code may fail
     accept: Callable = lambda answer: answer # FinalAnswer -> FinalAnswer, or ValueError with words for the model
-    compact_at: float|None = None # Tokens of one call from which on older turns are summarized
+    compact_at: float|None = None # Tokens of the next call from which on older turns are summarized
     on_compact: Callable = lambda msgs: None # Called with the messages that a summary is about to replace
     iterations: list = field(default_factory=list)
     answer: FinalAnswer|None = None
@@ -113,13 +113,13 @@ def _last_call(t): # Ask for what there is
     return it
 
 # %% ../nbs/04_loop.ipynb #5c85830b
-def _compact(t): # Replace the older turns by the model's notes, if the last call was too long
-    used = t.iterations[-1].usage.total.total_tokens
+def _compact(t): # Replace the older turns by the model's notes, if the next call would be too long
+    used = t.iterations[-1].usage.total.total_tokens + len(t.msgs[-1]['content']) // 3 # What is new was not counted yet: 3 characters a token is on the safe side
     if t.compact_at is None or used < t.compact_at: return
     whole = list(t.msgs)
     add_message(t.msgs, dict(role='user', content=COMPACT_PROMPT))
     it = yield from _reply(t)
-    it.notes.append(f'{len(whole)} messages, {used:,} tokens, were replaced by these notes.')
+    it.notes.append(f'{len(whole)} messages, about {used:,} tokens, were replaced by these notes.')
     t.on_compact(whole)
     t.msgs[:], t.sent = compact(whole, it.response), 0
     yield it

@@ -268,7 +268,7 @@ def test_events(ns):
 
 def test_compaction_stays_in_history(ns):
     lm = tree([block('print("x" * 4000)'), 'What I know: x.', block('print(len(history), history[0]["question"])\n_ = FINAL(len(history[0]["turns"]))')])
-    lm.window = 4000
+    lm.window = 5200
     res = rlm_run('Go', 'text', ns, model=lm, compaction=.5)
     assert res.iterations[-1].code_blocks[0].result.stdout == '1 Go\n' and int(res.answer) >= 4
 

@@ -89,7 +89,7 @@ SCRIPTS = dict(
     answer=([block('answer["content"] = "a"; answer["ready"] = True')], dict(protocol=ANSWER)),
     nano=([block('print(prompt)', lang='python'), block('Final = [1]', lang='python')], dict(protocol=NANO)),
     typed=([block('FINAL("x")'), block('FINAL(3)')], dict(returns=int)),
-    compact=([block('print("w " * 3000)')] * 2 + ['My notes.', block('print("v " * 3000)'), 'FINAL(done)'], dict(compaction=.02)),
+    compact=([block('print("w " * 3000)')] * 2 + ['My notes.', block('print("v " * 300)'), 'FINAL(done)'], dict(compaction=.02)),
 )
 
 @pytest.mark.parametrize('name', SCRIPTS)
@@ -108,7 +108,7 @@ def test_the_log_says_what_the_model_was_sent(tmp_path, name):
     assert replay(run, 'some text').same
     public = load_run(to_public(run, tmp_path/'p.jsonl'))
     assert [public.messages(k) for k in range(1, len(sent) + 1)] == sent
-    if name == 'compact': assert len(sent[-1]) < len(sent[-2]) + 2 and any(len(b) < len(a) for a, b in zip(sent, sent[1:]))
+    if name == 'compact': assert any(len(b) < len(a) for a, b in zip(sent, sent[1:]))
 
 def test_size_grows_with_the_turns(tmp_path):
     sizes = []

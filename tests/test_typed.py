@@ -244,6 +244,13 @@ def test_compaction_of_a_long_run():
     said = conversation(after)
     assert len(said) == 4 and 'What is in it?' in said[1][1] and 'total' in said[2][1] and 'part' in said[3][1]
 
+def test_compaction_looks_at_what_is_about_to_be_sent():
+    "A short call, and then an output that would fill the window."
+    lm = ScriptLM([block('print("x" * 19_000)'), 'It printed many x.', 'FINAL(x)'])
+    lm.window = 8000
+    res = rlm_run('What?', 'text', model=lm, compaction=.8)
+    assert res.answer == 'x' and res.iterations[0].usage.total.total_tokens < 4000 and 'were replaced by these notes' in res.iterations[1].notes[-1]
+
 def test_compaction_keeps_the_earlier_questions():
     ns = {}
     def model(msgs):
