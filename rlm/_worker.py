@@ -188,12 +188,11 @@ class Worker:
 
     # What the host asks for: each returns (fields, payload) or None
     def do_exec(self, head, raw):
-        hit = False
         code = raw.decode('utf-8', 'surrogatepass')
         try: res = repl.exec_code(code, self.ns, lang=head['lang'], timeout=head['timeout'], max_output=head['max_output'])
-        except KeyboardInterrupt as e: res, hit = e.block, True
+        except KeyboardInterrupt as e: res = e.block
         final, notes = self.final(res.final_answer, res.notes)
-        return dict(stdout=res.stdout, stderr=res.stderr, locals=res.locals, seconds=res.execution_time, final=final, error=res.error, notes=notes, hit=hit), b''
+        return dict(stdout=res.stdout, stderr=res.stderr, locals=res.locals, seconds=res.execution_time, final=final, error=res.error, notes=notes), b''
     def final(self, answer, notes): # An answer as data, if it is not too large
         if answer is None: return None, notes
         if len(answer) * 4 > self.cap and (n := len(answer.encode('utf-8', 'surrogatepass'))) > self.cap // 4:
@@ -221,6 +220,7 @@ class Worker:
     def do_set(self, head, raw):
         value = decode(head, raw)
         for name in head['names']: self.ns[name] = value
+        if head['sent']: self.sent.update(dict.fromkeys(head['names'], value))
     def do_del(self, head, raw): del self.ns[head['name']]
     def do_has(self, head, raw): return dict(value=head['name'] in self.ns), b''
     def do_keys(self, head, raw): return dict(value=[k for k in list(self.ns) if type(k) is str and k[:2] != '__']), b''

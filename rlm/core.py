@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, preview)
-from .lm import LM, LMError, RLMError, Underway, get_lm, in_thread, on_loop, run_sync
+from .lm import LM, LMError, Reply, RLMError, Underway, get_lm, in_thread, on_loop, run_sync
 from .limits import Clock, Ledger, LimitExceeded, Limits, check_price, make_limits, metered
 from .loop import Ask, Trajectory, adrive, drive, rlm_steps
 from .repl import (BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, interruptible, outside_block, rebind, scaffold_of,
-    shielded, summarize, unbind, visible)
+    shielded, summarize, unbind, unnumbered, visible)
 
 # %% ../nbs/05_core.ipynb #7f4ca9d1
 _all_ = ['exec_code', 'Limits', 'LimitExceeded', 'LMError', 'RLMError']
@@ -139,8 +139,9 @@ def request_digest(
     model:str, # Name of a model
     what, # Messages for it, or the prompt of a child
 )->str: # 64 hex digits
-    "Tells requests apart: equal ones have equal digests, in any process."
-    return hashlib.sha256(json.dumps([model, what]).encode()).hexdigest()
+    "Tells requests apart: equal ones have equal digests, in any process, whatever numbers the blocks have there."
+    if not isinstance(what, str): what = [[m['role'], m['content']] for m in what]
+    return hashlib.sha256(unnumbered(json.dumps([model, what])).encode()).hexdigest()
 
 def _opened(o, kind): # The log or the store: a path is opened here
     if not isinstance(o, (str, os.PathLike)): return o
@@ -176,7 +177,8 @@ class Run:
         self.underway = Underway() # Calls and batches of children
         self.late = [] # Calls during a block by threads that an earlier block had started
         self.call, self.asked, self.lock = call, Counter(), threading.Lock()
-        self.path = f'{parent.path}/{name}' if parent else ''
+        self.kind, self.path = ('child', f'{parent.path}/{name}') if parent else ('run', '')
+        self.readers = parent.readers if parent else asyncio.Semaphore(self.limits.max_concurrency) # Of the store
         self.log, self.store, self.spans = (parent.log, parent.store, parent.spans) if parent else (_opened(cfg.log, 'RunLog'), _opened(cfg.store, 'CallStore'), None)
     def tell(self, name, f, *args): # Call a callback; what it raises changes nothing here, unless the log cannot be written as it should
         if f is None: return
@@ -191,10 +193,13 @@ class Run:
         self.tell('log', self.log and self.log.on_event, e)
         self.tell('OpenTelemetry', self.spans, e)
         self.tell('on_event', self.cfg.on_event, e)
-    def take(self, *what): # Names a request: its digest, and how often this run has made the same one before
-        key = request_digest(*what)
-        with self.lock: self.asked[key] += 1
-        return f'{key[:8]}.{self.asked[key] - 1}'
+    def count(self,
+        model:str, # As for `request_digest`
+        what, # As for `request_digest`
+    )->tuple: # (digest, how often this run has made the same request before)
+        "Enter a request, which tells it from equal ones."
+        key = request_digest(model, what)
+        with self.lock: self.asked[key] += 1; return key, self.asked[key] - 1
     def cancel(self):
         "Stop what is under way, in this run and below."
         self.over = True
@@ -209,14 +214,20 @@ class Run:
         reply = await self.fetch(self.lm, self.t.msgs, self.cfg.cache)
         self.emit('turn', 'reply', number=number, reply=reply)
         return reply
-    async def fetch(self, lm, msgs, cache=False):
+    async def at_store(self, f, *args): # A batch of thousands asks for all its replies at once
+        async with self.readers: return await in_thread(f, *args)
+    async def fetch(self,
+        lm:LM, # Whom to ask
+        msgs:list, # What
+        cache:bool=False, # Use the provider's prompt cache
+    )->Reply:
         "One model call: from the store if it is there, and then it costs nothing; else made within the limits, and kept there."
         if self.store is None: return await metered(lm, msgs, self.ledger, self.clock, cache)
-        request = self.path, int(self.take(lm.name, msgs).split('.')[1]), lm, list(msgs)
+        request = self.path, self.count(lm.name, msgs)[1], lm, list(msgs)
         self.clock.check()
-        if reply := await in_thread(self.store.lookup, *request): return reply # With what it had cost then; no ledger has it
+        if reply := await self.at_store(self.store.lookup, *request): return reply # With what it had cost then; no ledger has it
         reply = await metered(lm, msgs, self.ledger, self.clock, cache)
-        try: await in_thread(self.store.record, *request, reply)
+        try: await self.at_store(self.store.record, *request, reply)
         except (OSError, RLMError) as e: warnings.warn(f'a call could not be kept in the store: {e}')
         return reply
     def execute(self, step):
@@ -328,7 +339,7 @@ def _run_child(run, call, name, lm, batch): # Fill in one call by a child run
 # %% ../nbs/05_core.ipynb #49e9beca
 def _run_all(run, calls, lm): # Fill in all of them by child runs, side by side
     most, todo = run.limits.max_children_per_batch, SimpleQueue()
-    for c in calls[:most]: todo.put((c, run.take(c.root_model, c.prompt))) # Named here, in order: equal prompts would race for their numbers
+    for c in calls[:most]: todo.put((c, '{0:.8}.{1}'.format(*run.count(c.root_model, c.prompt)))) # Named here, in order: equal prompts would race for their numbers
     for c in calls[len(calls[:most]):]:
         with _recorded(run, c): raise LimitExceeded('max_children_per_batch', most, len(calls))
     batch = Underway()
@@ -426,10 +437,20 @@ def _make_result(run): # The RLMResult of what happened so far
         run.children, t.msgs, time.perf_counter() - run.t0, getattr(run.log, 'path', run.log))
 
 def _close(run): # What was opened for this run alone
+    if run.parent: return
     for name in ('log', 'store'):
         o = getattr(run, name)
         if o is not getattr(run.cfg, name): o.close()
     run.log = run.store = run.spans = None
+
+def _end(run, query): # After the loop, however it ended
+    run.over, run.result = True, _make_result(run)
+    _remember(run, question=query, answer=run.result.answer)
+    unbind(run.ns)
+    if run.thread: run.thread.close()
+    run.ledger, run.clock, run.underway = Ledger(Limits(max_depth=run.limits.max_depth)), Clock(), Underway() # For a person who goes on calling its functions
+    try: run.emit(run.kind, result=run.result)
+    finally: _close(run)
 
 @contextmanager
 def running(
@@ -439,26 +460,19 @@ def running(
     shown:bool=False, # True where the question holds the whole context
 ):
     "Around the loop: yields the Trajectory; afterwards the result is `run.result`."
-    run.t = _prepare(run, query, context, shown)
-    kind = 'child' if run.parent else 'run'
+    try: run.t = _prepare(run, query, context, shown)
+    except BaseException: _close(run); raise
     about = context if context is not None or not isinstance(run.ns, dict) else run.ns[run.cfg.protocol.context_name]
     if not run.parent: run.spans = _spans()
     try:
-        run.emit(kind, 'start', query=query, context=about, engine=run)
+        run.emit(run.kind, 'start', query=query, context=about, engine=run)
         yield run.t
     except BaseException as e:
-        run.t.stop = 'interrupted' if isinstance(e, (KeyboardInterrupt, asyncio.CancelledError, GeneratorExit)) else 'errors'
+        run.t.stop = 'interrupted' if isinstance(e, (KeyboardInterrupt, BlockTimeout, asyncio.CancelledError, GeneratorExit)) else 'errors'
         run.cancel()
         e.result = _make_result(run)
         raise
-    finally:
-        run.over, run.result = True, _make_result(run)
-        _remember(run, question=query, answer=run.result.answer)
-        unbind(run.ns)
-        if run.thread: run.thread.close()
-        run.ledger, run.clock, run.underway = Ledger(Limits(max_depth=run.limits.max_depth)), Clock(), Underway() # For a person who goes on calling its functions
-        run.emit(kind, result=run.result)
-        if not run.parent: _close(run)
+    finally: _end(run, query)
 
 # %% ../nbs/05_core.ipynb #6fe5a311
 def _iterate(run, query, context, shown=False): # The run, turn by turn

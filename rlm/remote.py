@@ -44,7 +44,7 @@ class Session:
     ):
         self.link, self.wire, self.owner, self.pid, self.lock = link, link.wire, weakref.ref(owner), os.getpid(), threading.RLock()
         self.numbers, self.pending, self.calls, self.lost, self.told, self.odd = itertools.count(1), {}, {}, None, False, 0
-        self.job, self.block, self.context, self.stop_at = 0, None, None, None
+        self.rest()
         with outside_block(): threading.Thread(target=self._read, daemon=True, name='rlm-session').start()
     def request(self,
         op:str, # What the worker is to do
@@ -70,16 +70,21 @@ class Session:
         while True:
             now, ends = time.monotonic(), min((o for o in (deadline, self.stop_at) if o is not None), default=None)
             if ends is not None and now > ends: self.end('it did not stop in time, and its process was killed')
-            elif self.stop_at: self.interrupt()
+            elif self.stop_at: self._interrupt()
             step = .2 if ends is None else min(max(ends - now, .01), .2)
             try: return fut.result(step) if self.stop_at else interruptible(fut.result, step) # Once is enough
             except TimeoutError:
                 if not self.link.alive(): self.end() # And something that it started holds on to the pipe
     def interrupt(self):
-        "Interrupt the block that runs. It has `grace` seconds to end."
-        if not (job := self.job): return
-        self.stop_at = self.stop_at or time.monotonic() + repl.grace
-        with suppress(BrokenPipeError): self.wire.send(dict(op='interrupt', job=job)) # It has ended by itself, and `wait` says so
+        "Interrupt the block that runs. It has `grace` seconds to end; who waits for it repeats this meanwhile."
+        with self.lock:
+            if self.job and not self.stop_at: self.stop_at = time.monotonic() + repl.grace; self._interrupt()
+    def _interrupt(self):
+        with self.lock, suppress(BrokenPipeError): # It has ended by itself, and `wait` says so
+            if self.job: self.wire.send(dict(op='interrupt', job=self.job))
+    def rest(self):
+        "The block is over."
+        with self.lock: self.job, self.block, self.context, self.stop_at = 0, None, None, None
     def end(self,
         why:str='', # What is said of it; how the process ended if empty
     ):
@@ -116,6 +121,7 @@ class Session:
         if block is None: block = Block(0); block.open = False # A thread that outlived its block
         owner, thread, context = self.owner(), CodeThread(), (self.context or contextvars.Context()).copy()
         self.calls[n] = thread
+        if self.lost: thread.stop() # It was ended just before
         fut = thread.submit(lambda: context.run(_called, owner.host_function(name), block, args, kwargs))
         fut.add_done_callback(lambda fut: self._answer(n, fut))
     def _answer(self, n, fut):
@@ -213,9 +219,9 @@ def _checked(name): # A name for a variable
 # %% ../nbs/08_remote.ipynb #5f4b6720
 class RemoteDict(SessionKeeper, MutableMapping):
     "The variables of a session as a mapping."
-    def _put(self, names, value): # Send a value, once, for these names
+    def _put(self, names, value, sent=False): # Send a value, once, for these names; `sent` if they are contexts
         head, raw = encode(value, names[0])
-        self._ask('set', raw, names=names, **head)
+        self._ask('set', raw, names=names, sent=sent, **head)
     def __getitem__(self, name):
         head, raw = self._ask('get', name=name)
         with self._honest(self._session): return decode(head, raw)
@@ -253,7 +259,7 @@ class RemoteNS(RemoteDict):
     def _fill(self):
         names = {}
         for k, v in self.contexts.items(): names.setdefault(id(v), []).append(k)
-        for ks in names.values(): self._put(ks, self.contexts[ks[0]])
+        for ks in names.values(): self._put(ks, self.contexts[ks[0]], sent=True)
         if self.scaffold: self._bind(self.scaffold)
         if self.scaffold and not self.scaffold.active: self._ask('unbind')
     def host_function(self,
@@ -280,8 +286,8 @@ class RemoteNS(RemoteDict):
         try: values = {k: plain(v) for k,v in mine.items() if k not in functions}
         except TypeError as e: raise TypeError(f'a tool is or holds {e}: only functions and what JSON can hold can be given to this namespace') from None
         about = {k: (_signature(v), inspect.getdoc(v) or '') for k,v in functions.items()}
-        self.functions = functions
         self._ask('bind', functions=about, values=values, final_name=scaffold.final_name, keep_answer=scaffold.keep_answer)
+        self.functions = functions # Not before: a new session has had the old ones bound first
     def unbind(self)->None:
         "As `repl.unbind`."
         self.scaffold.active = False
@@ -326,7 +332,8 @@ class RemoteNS(RemoteDict):
     )->REPLResult: # What it did
         "Run a block inside. A process that ends or has to be killed is an error in the result."
         if not isinstance(code, str): raise TypeError(f'`code` must be a str, not a {type(code).__name__}')
-        if not self._running.acquire(blocking=False): raise RuntimeError('a block is running in this namespace already')
+        stopping = self._session is not None and self._session.stop_at is not None # Of a run that was cancelled: its last block is about to end
+        if not self._running.acquire(timeout=2 * repl.grace if stopping else 0): raise RuntimeError('a block is running in this namespace already')
         try: return shielded(self._exec, code, lang, timeout, max_output)
         finally: self._stop = None; self._running.release()
     def _exec(self, code, lang, timeout, max_output):
@@ -344,7 +351,7 @@ class RemoteNS(RemoteDict):
             res = REPLResult(stderr=f'SessionLost: {e}. What it had printed is lost too.\n', error=f'SessionLost: {e}')
             self._gone = s.told = True
         except BaseException: s.end('its block was given up'); raise
-        finally: block.open = False; s.job, s.block, s.context, s.stop_at = 0, None, None, None
+        finally: block.open = False; s.rest()
         if self._gone: res.notes.append(self._said()); self._gone = False
         res.llm_calls, res.execution_time = block.calls, time.perf_counter() - t0
         if stopped: stopped.block = res; raise stopped

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from ._rlmpaper_compat import ANSWER, CodeBlock, ModelUsageSummary, NANO, PAPER, QueryMetadata, REPLResult, RLMIteration, RLMMetadata, UsageSummary, head_tail, runnable, type_name
-from .core import Event, RLMResult, Run, child_namespace, make_config, rlm_iter, rlm_run
+from .core import Event, RLMResult, Run, child_namespace, make_config, request_digest, rlm_iter, rlm_run
 from .limits import Limits
 from .lm import LM, Reply, RLMError, Usage
-from .repl import Scaffold, bind, bind_context, exec_code, unbind
+from .repl import Scaffold, bind, bind_context, exec_code, unbind, unnumbered
 try: import fcntl
 except ImportError: fcntl = None # Windows has none
 
@@ -241,11 +241,6 @@ def _kept_context(run): # The context beside the log, or in the public engine's 
     return res
 
 # %% ../nbs/06_trace.ipynb #c61dcff3
-def _plain(text): return re.sub(r'<block \d+>', '<block>', text)
-
-def _key(model, msgs): # Digest of a request
-    return hashlib.sha256(_plain(json.dumps([model, [[m['role'], m['content']] for m in msgs]])).encode()).hexdigest()
-
 def _reply_json(r): return json.dumps(dict(text=r.text, usage=r.usage.to_dict(), stop_reason=r.stop_reason, model=r.model))
 
 def _reply(text): d = json.loads(text); return Reply(d['text'], Usage.from_dict(d['usage']), d['stop_reason'], d['model'])
@@ -285,7 +280,7 @@ class CallStore:
     )->Reply|None: # The recorded reply, with what it had cost
         "The reply to a call that was made before, or None."
         with self.lock:
-            rows = self._run('SELECT reply FROM calls WHERE request=? AND scope=? AND n=?', _key(lm.name, msgs), scope, n)
+            rows = self._run('SELECT reply FROM calls WHERE request=? AND scope=? AND n=?', request_digest(lm.name, msgs), scope, n)
             if not rows: return
             r = _reply(rows[0][0])
             self.saved += UsageSummary({r.model: r.usage})
@@ -298,7 +293,7 @@ class CallStore:
         reply:Reply, # What came back
     )->None:
         "Keep a reply. The first one stays, if two processes paid for the same."
-        row = _key(lm.name, msgs), scope, n, lm.name, _reply_json(reply), time.time()
+        row = request_digest(lm.name, msgs), scope, n, lm.name, _reply_json(reply), time.time()
         with self.lock: self._run('INSERT OR IGNORE INTO calls VALUES (?,?,?,?,?,?)', *row)
     def __len__(self):
         with self.lock: return self._run('SELECT count(*) FROM calls')[0][0]
@@ -328,7 +323,7 @@ def _outcome(res): # What its end adds
 
 def _gist(it): # What makes two records of a turn the same; times and what the calls had cost do not
     blocks = [(b.code, b.result.stdout, b.result.error, b.result.notes, [(c.prompt, c.response) for c in b.result.llm_calls]) for b in it.code_blocks]
-    return _plain(json.dumps([it.response, it.final_answer, it.notes, blocks]))
+    return unnumbered(json.dumps([it.response, it.final_answer, it.notes, blocks]))
 
 def _encode(d): # A line of JSONL; lone surrogates are no UTF-8, and are escaped
     try: return json.dumps(d, ensure_ascii=False).encode() + b'\n'
@@ -372,7 +367,7 @@ def _recorded_calls(run, path=''): # (scope, model, messages, Reply or None) of 
             yield path, c.root_model, [dict(role='user', content=c.prompt)], None if c.error else Reply(c.response, usage, c.stop_reason or 'end_turn', c.root_model)
 
 class _LogStore: # What a log holds, in front of a store
-    def __init__(self, run, store=None, close=False, key=_key):
+    def __init__(self, run, store=None, close=False, key=request_digest):
         self.store, self.replies, self.ends, self.key = store, {}, close, key
         count = Counter()
         for scope, model, msgs, reply in _recorded_calls(run):
@@ -616,7 +611,7 @@ def replay(
 
 # %% ../nbs/06_trace.ipynb #4062c784
 class _Past(_LogStore): # The first turns of a run, whatever leads up to them, and the replies to their sub-calls, whoever is asked
-    def __init__(self, run, replies, store): super().__init__(run, store, key=lambda model, msgs: _key('', msgs)); self.turns = replies
+    def __init__(self, run, replies, store): super().__init__(run, store, key=lambda model, msgs: request_digest('', msgs)); self.turns = replies
     def lookup(self, scope, n, lm, msgs):
         turn = not scope and msgs[0]['role'] == 'system'
         return self.turns.pop(0) if turn and self.turns else super().lookup(scope, n, lm, msgs)

@@ -1,11 +1,11 @@
 """A process that is killed while it works is started again, and pays for nothing twice."""
-import asyncio, json, os, random, signal, sqlite3, subprocess, sys, threading
+import asyncio, json, os, random, signal, sqlite3, subprocess, sys, threading, time
 from collections import Counter
 import pytest
-from rlm.core import rlm_iter, rlm_run
+from rlm.core import request_digest, rlm_iter, rlm_run
 from rlm.lm import LMError
 from rlm.testing import MessagesServer
-from rlm.trace import CallStore, RunLog, TraceError, _key, _recorded_calls, load_run, replay, resume
+from rlm.trace import CallStore, RunLog, TraceError, _recorded_calls, load_run, replay, resume
 from common import HANG, block, environment, forks, first, is_turn, script, turn
 
 MODEL, CONTEXT, QUERY = 'claude-sonnet-4-5', 'one two three ' * 50, 'What is in it?'
@@ -58,7 +58,7 @@ class Bench:
     def reply(self, body):
         msgs = as_msgs(body)
         if body['max_tokens'] != self.life: return 'too late'
-        self.seen.append(_key(body['model'], msgs))
+        self.seen.append(request_digest(body['model'], msgs))
         if len(self.seen) == self.at:
             if self.mode == 'seen': os.kill(self.pid, signal.SIGKILL)
             else: asyncio.get_running_loop().call_soon(os.kill, self.pid, signal.SIGKILL) # After the answer is on its way
@@ -130,7 +130,7 @@ def test_killed(bench, whole, tmp_path, at, mode, how):
 def test_killed_without_a_store(bench, whole, tmp_path, at, how):
     bench.begin(at, 'seen')
     assert bench.work(tmp_path, store=False)[0] == signal.SIGKILL
-    logged = Counter(_key(model, msgs) for _, model, msgs, _ in _recorded_calls(load_run(tmp_path/'run.jsonl')))
+    logged = Counter(request_digest(model, msgs) for _, model, msgs, _ in _recorded_calls(load_run(tmp_path/'run.jsonl')))
     assert logged.total() >= {1: 0, 4: 0, 8: 7, 20: 7, 27: 26, 28: 26, 29: 28}[at] # The turns that were over
     bench.begin()
     status, res = bench.work(tmp_path, how, store=False)
@@ -214,3 +214,35 @@ def test_compaction_comes_at_the_same_turn_again(tmp_path):
     assert any('were replaced by these notes' in str(o.notes) for o in turns)
     res = resume(log, CONTEXT, model=model, compaction=.006)
     assert load_run(log).branches == [] and len(res.iterations) > 3
+
+def test_the_numbers_of_blocks_are_no_part_of_a_request(tmp_path):
+    "A prompt with a traceback in it is the same in a process that has run more blocks; two such prompts of one run are two."
+    asked, error = [], 'import traceback\ntry: 1/0\nexcept Exception: said = traceback.format_exc()\n'
+    def model(msgs):
+        if not is_turn(msgs): asked.append(msgs[0]['content']); return f'reply {len(asked)}'
+        if 'Child' in first(msgs): return [block('llm_query("leaf")'), 'FINAL(c)'][turn(msgs)]
+        return [block(error + 'print(llm_query(said))'), block(error + 'print(llm_query(said))'), block(error + 'print(rlm_query("Child: " + said))'), 'FINAL(x)'][turn(msgs)]
+    def go(**kw): return [it.code_blocks[0].result.stdout for it in rlm_run('Q?', 'text', model=model, **kw).iterations[:3]]
+    assert go(store=tmp_path/'c.db') == ['reply 1\n', 'reply 2\n', 'c\n'] and len(asked) == 3
+    assert go(store=tmp_path/'c.db') == ['reply 1\n', 'reply 2\n', 'c\n'] and len(asked) == 3
+
+class Slow:
+    "A store that notes how many use it at a time."
+    def __init__(self): self.now, self.most, self.lock = 0, 0, threading.Lock()
+    def use(self, *args):
+        with self.lock: self.now += 1; self.most = max(self.most, self.now)
+        time.sleep(.001)
+        with self.lock: self.now -= 1
+    lookup = record = use
+
+def test_a_store_is_asked_by_as_many_as_may_call():
+    store = Slow()
+    res = rlm_run('Q?', 'text', store=store, limits=dict(max_concurrency=4),
+        model=lambda m: m[0]['content'] if not is_turn(m) else [block('x = llm_query_batched([str(i) for i in range(200)])'), 'FINAL_VAR(x)'][turn(m)])
+    assert res.value == [str(i) for i in range(200)] and store.most <= 4
+
+def test_a_run_that_does_not_start_leaves_no_store_open(tmp_path):
+    from rlm.trace import _open
+    before = {id(o) for o in _open}
+    with pytest.raises(ValueError, match='no context') as e: rlm_run('Q?', model=model, store=tmp_path/'c.db') # `e` keeps what the garbage collector would close
+    assert e and not [o for o in list(_open) if id(o) not in before and isinstance(o, CallStore) and o._db]

@@ -383,3 +383,48 @@ def test_offline_end_to_end():
     with Sandbox() as ns:
         res = rlm_run('What is the code of the vault?', 'Noise. ' * 50_000 + 'The code of the vault is 731. ' + 'Noise. ' * 50_000, ns, model='offline')
         assert '731' in res.answer
+
+def test_a_session_that_was_killed_between_two_questions(ns):
+    "The next run has its own functions, the context is the one that it was, and a variable that is None is none of its copies."
+    context, lm = ['a', 'b'], tree([block('print(llm_query("hi"))'), 'FINAL(1)'])
+    rlm_run('First?', context, ns, model=lm)
+    ns.kill()
+    exec_code('mine = None', ns)
+    res = rlm_run('Second?', context, ns, model=lm)
+    ns.kill()
+    last = rlm_run('Third?', context, ns, model=lm)
+    assert [o.iterations[0].code_blocks[0].result.stdout for o in (res, last)] == ['HI\n'] * 2 and 'context_0' not in ns
+    assert 'Earlier contexts' not in res.messages[1]['content'] + last.messages[1]['content']
+
+def test_a_variable_that_is_none_is_not_the_context(ns):
+    context, lm = ['a', 'b'], tree(['FINAL(1)'])
+    rlm_run('First?', context, ns, model=lm)
+    ns.kill()
+    exec_code('mine = None', ns)
+    rlm_run('Second?', context, ns, model=lm)
+    assert ns['mine'] is None
+
+def test_a_storm_of_interrupts(ns):
+    "They end the block that runs, and nothing else: the session lives, and no deadline is left behind."
+    over, done = threading.Event(), []
+    def storm():
+        while not over.is_set(): ns.interrupt()
+    t = threading.Thread(target=storm, daemon=True); t.start()
+    try:
+        for _ in range(300): exec_code('x = 1', ns); done.append(ns._session.stop_at)
+        res = exec_code('while True: pass', ns)
+    finally: over.set(); t.join(HANG)
+    assert done == [None] * 300 and res.error == 'KeyboardInterrupt' and ns['x'] == 1 and out('print(x)', ns) == '1\n'
+
+def test_the_next_block_waits_for_one_that_is_being_interrupted(ns):
+    t = threading.Thread(target=exec_code, args=('try:\n while True: pass\nfinally:\n for i in range(3_000_000): pass', ns), daemon=True); t.start()
+    until(lambda: ns._session.job)
+    ns.interrupt()
+    assert out('print("next")', ns) == 'next\n'
+    t.join(HANG)
+
+def test_two_blocks_at_once_are_refused(ns):
+    t = threading.Thread(target=exec_code, args=('while True: pass', ns), daemon=True); t.start()
+    until(lambda: ns._session.job)
+    with pytest.raises(RuntimeError, match='running in this namespace already'): exec_code('1', ns)
+    ns.interrupt(); t.join(HANG)
