@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, preview)
+from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, REPLResult, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, preview)
 from .lm import LM, LMError, Reply, RLMError, Underway, get_lm, in_thread, on_loop, run_sync
 from .limits import Clock, Ledger, LimitExceeded, Limits, check_price, make_limits, metered
-from .loop import Ask, Trajectory, adrive, drive, rlm_steps
+from .loop import Ask, Exec, Trajectory, adrive, drive, rlm_steps
 from .repl import (BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, interruptible, outside_block, rebind, scaffold_of,
     shielded, summarize, unbind, unnumbered, visible)
 
@@ -48,7 +48,10 @@ class RunConfig:
     on_event: Callable|None = None # Called with each Event
     on_subcall_start: Callable|None = None # Called with (depth, model, first 80 characters of the prompt)
     on_subcall_complete: Callable|None = None # Called with (depth, model, seconds, error or None)
-    def for_child(self, lm): # The record that a child inherits
+    def for_child(self,
+        lm:LM, # Its model
+    )->'RunConfig':
+        "The record that a child inherits."
         tools = self.tools if self.sub_tools is None else self.sub_tools
         return replace(self, model=lm, max_iters=self.protocol.child_iters(self.max_iters), tools=tools, returns=None)
     def __post_init__(self):
@@ -180,7 +183,12 @@ class Run:
         self.kind, self.path = ('child', f'{parent.path}/{name}') if parent else ('run', '')
         self.readers = parent.readers if parent else asyncio.Semaphore(self.limits.max_concurrency) # Of the store
         self.log, self.store, self.spans = (parent.log, parent.store, parent.spans) if parent else (_opened(cfg.log, 'RunLog'), _opened(cfg.store, 'CallStore'), None)
-    def tell(self, name, f, *args): # Call a callback; what it raises changes nothing here, unless the log cannot be written as it should
+    def tell(self,
+        name:str, # What `f` is, for the warning
+        f:Callable|None, # A callback, or None
+        *args, # For it
+    ):
+        "Call a callback; what it raises changes nothing here, unless the log cannot be written as it should."
         if f is None: return
         with outside_block():
             try: f(*args)
@@ -188,9 +196,14 @@ class Run:
                 if isinstance(e, KeyboardInterrupt) and threading.current_thread() is threading.main_thread(): raise # A real one
                 if isinstance(e, RLMError) and name == 'log': raise
                 warnings.warn(f'{name} raised {type(e).__name__}: {e}')
-    def emit(self, kind, phase='end', **data):
+    def emit(self,
+        kind:str, # As in Event
+        phase:str='end', # As in Event
+        **data, # As in Event
+    ):
+        "Tell all who watch."
         e = Event(kind, phase, self.depth, data, self.path)
-        self.tell('log', self.log and self.log.on_event, e)
+        self.tell('log', getattr(self.log, 'on_event', None), e) # A run that is over has none
         self.tell('OpenTelemetry', self.spans, e)
         self.tell('on_event', self.cfg.on_event, e)
     def count(self,
@@ -214,7 +227,11 @@ class Run:
         reply = await self.fetch(self.lm, self.t.msgs, self.cfg.cache)
         self.emit('turn', 'reply', number=number, reply=reply)
         return reply
-    async def at_store(self, f, *args): # A batch of thousands asks for all its replies at once
+    async def at_store(self,
+        f:Callable, # A method of the store
+        *args, # For it
+    ): # Its result
+        "Use the store, with as many others as may call: a batch of thousands asks for all its replies at once."
         async with self.readers: return await in_thread(f, *args)
     async def fetch(self,
         lm:LM, # Whom to ask
@@ -230,7 +247,9 @@ class Run:
         try: await self.at_store(self.store.record, *request, reply)
         except (OSError, RLMError) as e: warnings.warn(f'a call could not be kept in the store: {e}')
         return reply
-    def execute(self, step):
+    def execute(self,
+        step:Exec, # What the loop wants run
+    )->REPLResult:
         "Run one block. A time limit of the whole run ends it too, but leaves a second, for a draft of the answer to be read."
         left = self.clock.left()
         timeout = min((o for o in (self.limits.block_timeout, left and max(left, 1.)) if o is not None), default=None)
@@ -243,15 +262,39 @@ class Run:
             res.notes.append(f'Of the replies to your sub-calls {cut} reached the greatest length and end in the middle. Ask for less at a time.')
         self.emit('block', code=step.code, lang=step.lang, result=res)
         return res
-    def llm_query(self, prompt, model=None): return _only(_subcalls(self, [prompt], model, _ask_all))
-    def llm_query_batched(self, prompts, model=None): return _subcalls(self, prompts, model, _ask_all)
-    def rlm_query(self, prompt, model=None, **notes):
+    def llm_query(self,
+        prompt, # What to ask
+        model=None, # Name, function of the messages, or LM; None is the run's `sub_model`
+    ): # The reply
+        "Ask a model one question; returns its reply."
+        return _only(_subcalls(self, [prompt], model, _ask_all))
+    def llm_query_batched(self,
+        prompts, # What to ask
+        model=None, # As for `llm_query`
+    ): # Replies in order; a SubcallError where one failed
+        "Ask many questions side by side; returns the replies in order."
+        return _subcalls(self, prompts, model, _ask_all)
+    def rlm_query(self,
+        prompt, # The child's context and task
+        model=None, # As for `llm_query`
+        **notes, # Stand below the prompt, each on a line
+    ): # The answer
+        "Start a child run on the prompt; returns its answer."
         if isinstance(prompt, str): prompt = '\n'.join([prompt + '\n' * bool(notes), *(f'{k}: {v}' for k,v in notes.items())])
         return _only(self.rlm_query_batched([prompt], model))
-    def rlm_query_batched(self, prompts, model=None): return _subcalls(self, prompts, model, _run_all if self.recursive else _ask_all)
+    def rlm_query_batched(self,
+        prompts, # The children's contexts and tasks
+        model=None, # As for `llm_query`
+    ): # Answers in order; a SubcallError where one failed
+        "Start child runs side by side; returns the answers in order."
+        return _subcalls(self, prompts, model, _run_all if self.recursive else _ask_all)
     @property
-    def recursive(self): return self.depth + 1 < self.limits.max_depth
-    def functions(self): return {o: getattr(self, o) for o in ('llm_query', 'llm_query_batched', 'rlm_query', 'rlm_query_batched')}
+    def recursive(self)->bool: # False at the depth limit, where a child is a plain query
+        "May it have children?"
+        return self.depth + 1 < self.limits.max_depth
+    def functions(self)->dict: # Name -> function
+        "What the model's code calls."
+        return {o: getattr(self, o) for o in ('llm_query', 'llm_query_batched', 'rlm_query', 'rlm_query_batched')}
 
 # %% ../nbs/05_core.ipynb #eaf4fe56
 def check_prompts(
@@ -454,7 +497,7 @@ def _end(run, query): # After the loop, however it ended
 
 @contextmanager
 def running(
-    run:Run,
+    run:Run, # What is run
     query:str|None, # The question
     context, # The context, or None for the one in the namespace
     shown:bool=False, # True where the question holds the whole context
@@ -462,13 +505,14 @@ def running(
     "Around the loop: yields the Trajectory; afterwards the result is `run.result`."
     try: run.t = _prepare(run, query, context, shown)
     except BaseException: _close(run); raise
-    about = context if context is not None or not isinstance(run.ns, dict) else run.ns[run.cfg.protocol.context_name]
+    here = run.ns if isinstance(run.ns, dict) else getattr(run.ns, 'contexts', {}) # Never fetched from elsewhere
+    about = here.get(run.cfg.protocol.context_name) if context is None else context
     if not run.parent: run.spans = _spans()
     try:
         run.emit(run.kind, 'start', query=query, context=about, engine=run)
         yield run.t
     except BaseException as e:
-        run.t.stop = 'interrupted' if isinstance(e, (KeyboardInterrupt, BlockTimeout, asyncio.CancelledError, GeneratorExit)) else 'errors'
+        run.t.stop = 'interrupted' if run.over or isinstance(e, (KeyboardInterrupt, BlockTimeout, asyncio.CancelledError, GeneratorExit)) else 'errors'
         run.cancel()
         e.result = _make_result(run)
         raise
@@ -483,7 +527,7 @@ def _iterate(run, query, context, shown=False): # The run, turn by turn
     return run.result
 
 def finish(
-    run:Run,
+    run:Run, # What is run
     query:str|None, # The question
     context, # The context, or None for the one in the namespace
     shown:bool=False, # True where the question holds the whole context

@@ -69,6 +69,7 @@ class Clock:
         own = None if self.seconds is None else self.seconds - (time.monotonic() - self.t0)
         return min((o for o in (own, self.outer and self.outer.left()) if o is not None), default=None)
     def error(self)->LimitExceeded: # For the clock that ran out
+        "What to raise when the time is up."
         if self.outer and (self.seconds is None or self.outer.left() is not None and self.outer.left() <= 0): return self.outer.error()
         return LimitExceeded(self.limit, self.seconds, time.monotonic() - self.t0)
     def check(self):

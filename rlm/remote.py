@@ -211,11 +211,6 @@ class SessionKeeper:
         self._closed = True
         if self._session: self._session.end('it was closed'); self._final.detach()
 
-# %% ../nbs/08_remote.ipynb #cedefd06
-def _checked(name): # A name for a variable
-    if not isinstance(name, str): raise TypeError(f'the name of a variable must be a str, not a {type(name).__name__}')
-    return name
-
 # %% ../nbs/08_remote.ipynb #5f4b6720
 class RemoteDict(SessionKeeper, MutableMapping):
     "The variables of a session as a mapping."
@@ -225,12 +220,15 @@ class RemoteDict(SessionKeeper, MutableMapping):
     def __getitem__(self, name):
         head, raw = self._ask('get', name=name)
         with self._honest(self._session): return decode(head, raw)
-    def __setitem__(self, name, value): self._put([_checked(name)], value)
+    def __setitem__(self, name, value):
+        if not isinstance(name, str): raise TypeError(f'the name of a variable must be a str, not a {type(name).__name__}')
+        self._put([name], value)
     def __delitem__(self, name): self._ask('del', name=name)
     def __contains__(self, name): return isinstance(name, str) and self._value('has', bool, name=name)
     def __iter__(self): return iter([o for o in self._value('keys', list) if isinstance(o, str)])
     def __len__(self): return len(list(iter(self)))
     def clear(self):
+        "Take all variables out."
         for k in self: del self[k]
     __eq__, __hash__ = object.__eq__, object.__hash__
     def repr(self,
@@ -326,9 +324,9 @@ class RemoteNS(RemoteDict):
     def exec_code(self,
         code:str, # As for `repl.exec_code`, and so the rest
         *,
-        lang:str='python',
-        timeout:float|None=None,
-        max_output:int=200_000,
+        lang:str='python', # `python` or `bash`
+        timeout:float|None=None, # Seconds
+        max_output:int=200_000, # Characters of each stream
     )->REPLResult: # What it did
         "Run a block inside. A process that ends or has to be killed is an error in the result."
         if not isinstance(code, str): raise TypeError(f'`code` must be a str, not a {type(code).__name__}')

@@ -164,11 +164,15 @@ class Scaffold:
         self.answer, self.final, self.final_name, self.keep_answer = Answer(), None, final_name, keep_answer
         self.bound = dict(functions or {}, FINAL=self.FINAL, FINAL_VAR=self.FINAL_VAR, SHOW_VARS=self.SHOW_VARS, answer=self.answer)
         self.ns, self.had, self.told, self.active = None, {}, set(), False
-    def FINAL(self, value):
+    def FINAL(self,
+        value, # Any object
+    ): # `value`
         "Give `value` as the answer; returns it."
         self.final = FinalAnswer(value)
         return value
-    def FINAL_VAR(self, name):
+    def FINAL_VAR(self,
+        name, # Of a variable; anything else is taken as the answer itself
+    ): # Its value
         "Give the variable called `name` as the answer; returns its value."
         if not isinstance(name, str) or not name.isidentifier(): return self.FINAL(name)
         if name not in self.ns: raise NameError(f'there is no variable {name!r}; there are: {", ".join(self.visible()) or "none"}')
@@ -184,7 +188,9 @@ class Scaffold:
         return show_vars(self.ns, [k for k,v in self.bound.items() if self.ns.get(k) is v])
 
 # %% ../nbs/01_repl.ipynb #c811f8ab
-def here_or_there(f):
+def here_or_there(
+    f, # f(ns, ...)
+):
     "`f(ns, ...)`, or `ns.f(...)` where `ns` runs its code itself."
     @functools.wraps(f)
     def do(ns, *args): return getattr(ns, f.__name__)(*args) if hasattr(ns, 'exec_code') else f(ns, *args)

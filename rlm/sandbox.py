@@ -15,6 +15,19 @@ from ._worker import Wire
 from .remote import RemoteNS, SandboxError
 from .repl import CodeThread
 
+# %% ../nbs/08_sandbox.ipynb #46c5ce30
+def _said_by(pipe): # The last words, such as why bubblewrap would not start
+    os.set_blocking(pipe.fileno(), False)
+    text = (pipe.read(2000) or b'').decode(errors='replace').strip()
+    pipe.close()
+    return text and f': {text}'
+
+def _how(code): # An exit status in words
+    n = -code if code < 0 else code - 128
+    try: name = signal.Signals(n).name
+    except ValueError: return f'exit code {code}'
+    return f'signal {n} ({name})' + (', as happens where it wants more memory than it may have' if name == 'SIGKILL' else '')
+
 # %% ../nbs/08_sandbox.ipynb #3aec1dce
 _spawner = CodeThread() # A child that is to die with its parent dies with the thread that started it: this one stays
 
@@ -39,7 +52,9 @@ class ProcessLink:
         try: self.proc = _spawner.submit(start).result()
         except BaseException: os.close(w_in); os.close(r_out); raise # A worker that reads nothing ends
         self.wire = Wire(r_out, w_in, cap)
-    def alive(self)->bool: return self.proc.poll() is None
+    def alive(self)->bool:
+        "Does it still run?"
+        return self.proc.poll() is None
     def kill(self,
         wait:bool, # It may be about to end by itself
     )->str: # How it ended
@@ -52,19 +67,6 @@ class ProcessLink:
         self.cleanup()
         said = _said_by(self.proc.stderr)
         return 'and had to be killed' if how is None else f'with {_how(how)}{said}'
-
-# %% ../nbs/08_sandbox.ipynb #46c5ce30
-def _said_by(pipe): # The last words, such as why bubblewrap would not start
-    os.set_blocking(pipe.fileno(), False)
-    text = (pipe.read(2000) or b'').decode(errors='replace').strip()
-    pipe.close()
-    return text and f': {text}'
-
-def _how(code): # An exit status in words
-    n = -code if code < 0 else code - 128
-    try: name = signal.Signals(n).name
-    except ValueError: return f'exit code {code}'
-    return f'signal {n} ({name})' + (', as happens where it wants more memory than it may have' if name == 'SIGKILL' else '')
 
 # %% ../nbs/08_sandbox.ipynb #15385384
 _files = ('__init__.py', '_worker.py', 'repl.py', '_rlmpaper_compat.py') # Of this package; all that a worker needs
@@ -251,6 +253,8 @@ class Sandbox(RemoteNS):
         self._options = dict(memory=memory, processes=processes, disk=disk, venv=self.venv, host_methods=host_methods, max_value=max_value)
         if kind not in _kinds: raise ValueError(f'there is no kind {kind!r}; there are: {", ".join(_kinds)}')
         self._live()
-    def child(self): return Sandbox(self.kind, **self._options)
+    def child(self):
+        "Another of this kind, with the same options and nothing in it."
+        return Sandbox(self.kind, **self._options)
     def _open(self): return _kinds[self.kind](self)
     def __repr__(self): return super().__repr__().replace('Sandbox', f'Sandbox {self.kind}')

@@ -524,8 +524,12 @@ class ReplayedBlock:
     code: str
     was: REPLResult # As recorded
     now: REPLResult # As this engine runs it
-    def kinds(self): return ['stopped' if _stopped(r) else (r.error or '').partition(':')[0].rpartition('.')[2] for r in (self.was, self.now)]
-    def prompts(self): return [sorted(str(c.prompt) for c in r.llm_calls) for r in (self.was, self.now)]
+    def kinds(self)->list: # (before, now): the type of the error, `stopped`, or ''
+        "How it ended."
+        return ['stopped' if _stopped(r) else (r.error or '').partition(':')[0].rpartition('.')[2] for r in (self.was, self.now)]
+    def prompts(self)->list: # (before, now)
+        "The prompts of its sub-calls, sorted."
+        return [sorted(str(c.prompt) for c in r.llm_calls) for r in (self.was, self.now)]
     @property
     def checks(self)->dict: # stdout, error, sub-calls -> True where they are the same
         "What is the same."
@@ -611,7 +615,10 @@ def replay(
 
 # %% ../nbs/06_trace.ipynb #4062c784
 class _Past(_LogStore): # The first turns of a run, whatever leads up to them, and the replies to their sub-calls, whoever is asked
-    def __init__(self, run, replies, store): super().__init__(run, store, key=lambda model, msgs: request_digest('', msgs)); self.turns = replies
+    def __init__(self, run, replies, store):
+        own = isinstance(store, (str, os.PathLike))
+        super().__init__(run, CallStore(store) if own else store, own, lambda model, msgs: request_digest('', msgs))
+        self.turns = replies
     def lookup(self, scope, n, lm, msgs):
         turn = not scope and msgs[0]['role'] == 'system'
         return self.turns.pop(0) if turn and self.turns else super().lookup(scope, n, lm, msgs)
@@ -633,6 +640,11 @@ def _fork_path(run, k): # Beside the old log
     return run.path and run.path.with_name(f'{run.path.name.partition(".jsonl")[0]}-{k}-{secrets.token_hex(4)}.jsonl')
 
 # %% ../nbs/06_trace.ipynb #6ffb196a
+def _branch_off(run, k, code, options): # The options of a run that has the first `k` turns of another
+    path, store, options = options.pop('log', None) or _fork_path(run, k), options.pop('store', None), _options(run, options)
+    log, replies = path and RunLog(path, parent=dict(path=str(run.path), turn=k)), _first_turns(run, k, code, options['protocol'])
+    return options | dict(log=log, store=_Past(replace(run, iterations=run.iterations[:k], path=None), replies, store))
+
 def _go_on(steps, ns, k, changes, prompt): # Drive a run; after turn `k` change what is to be changed
     n = 0
     while True:
@@ -651,25 +663,17 @@ def rewind(
     code=None, # Other code for turn `k`: a str for its first block, or a dict from the number of a block, from 1, to its code
     changes:dict=None, # Variables to set after turn `k`
     prompt:str=None, # What the model is told after turn `k`
-    log=None, # Path of the new log; None is a file beside the old one, if there is one
-    store=None, # Path or CallStore for what is asked from here on
-    **options, # As for `rlm_run`, such as another `query`; None is as the log says
+    **options, # As for `rlm_run`, such as `store`, `log` (its path; None is a file beside the old one, if there is one) or another `query`; None is as the log says
 )->RLMResult:
     "Take a run up to turn `k`, change something, and go on from there."
     run = load_run(run)
     if not 1 <= k <= len(run.iterations): raise TraceError(f'there is no turn {k} to go back to; the run has {len(run.iterations)}')
     query = options.pop('query', None) or run.info.get('query')
     if not query: raise TraceError('the log does not say what was asked: pass `query`')
-    context, options = _context_of(run, context, ns), _options(run, dict(options, model=model))
-    past = replace(run, iterations=run.iterations[:k], path=None)
-    own = CallStore(store) if isinstance(store, (str, os.PathLike)) else None
-    path = log or _fork_path(run, k)
-    options |= dict(store=_Past(past, _first_turns(run, k, code, options['protocol']), own or store),
-        log=path and RunLog(path, parent=dict(path=str(run.path), turn=k)))
+    context, options = _context_of(run, context, ns), _branch_off(run, k, code, dict(options, model=model))
     if ns is None: ns = {}
     try: return _go_on(rlm_iter(query, context, ns, **options), ns, k, changes, prompt)
-    finally:
-        if own: own.close()
+    finally: options['store'].close()
 
 # %% ../nbs/06_trace.ipynb #e54cf2d0
 def _public_call(d): # With the two counts that the visualizer's types have
