@@ -158,7 +158,8 @@ for k,t in parts[:3]: print([k, t[:100], t[len(t)//2:][:100]])
 '''
 
 _search = r'''
-import re, unicodedata
+import math, re, unicodedata
+from collections import Counter
 question = <<question>>
 terms = <<terms>>
 words = re.compile(r'\b(%s)<<ending>>\b' % '|'.join(terms))
@@ -173,11 +174,18 @@ def pieces():
             if own := find(f'{k} {piece}'): yield k, piece, own
 
 def rank(hits, n=16):
-    try: import bm25s
-    except ImportError: return sorted(hits, key=lambda o: -len(set(o[2])))[:n]
-    bm25 = bm25s.BM25(k1=.5, b=0)
-    bm25.index([own for _,_,own in hits], show_progress=False)
-    return [hits[i] for i in bm25.retrieve([terms], k=min(n, len(hits)), show_progress=False).documents[0]]
+    docs = [own for _,_,own in hits]
+    try:
+        import bm25s
+        bm25 = bm25s.BM25(k1=.5, b=0)
+        bm25.index(docs, show_progress=False)
+        scores = bm25.get_scores(terms)
+    except ImportError:  # a namespace without the library: the same formula
+        df = Counter(o for d in docs for o in set(d))
+        idf = {o: math.log(1 + (len(docs) - m + .5) / (m + .5)) for o,m in df.items()}
+        scores = [sum(idf[o] * m / (m + .5) for o,m in Counter(d).items()) for d in docs]
+    order = sorted(range(len(docs)), key=lambda i: (-round(float(scores[i]), 4), i))
+    return [hits[i] for i in order[:n]]
 
 hits = list(pieces())
 best = rank(hits) if hits else []
