@@ -21,6 +21,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'rlm.core': { 'rlm.core.Event': ('core.html#event', 'rlm/core.py'),
                           'rlm.core.RLMResult': ('core.html#rlmresult', 'rlm/core.py'),
                           'rlm.core.RLMResult.__iter__': ('core.html#rlmresult.__iter__', 'rlm/core.py'),
+                          'rlm.core.RLMResult.__repr__': ('core.html#rlmresult.__repr__', 'rlm/core.py'),
                           'rlm.core.RLMResult._repr_html_': ('core.html#rlmresult._repr_html_', 'rlm/core.py'),
                           'rlm.core.RLMResult._repr_markdown_': ('core.html#rlmresult._repr_markdown_', 'rlm/core.py'),
                           'rlm.core.RLMResult.cost': ('core.html#rlmresult.cost', 'rlm/core.py'),

@@ -48,7 +48,7 @@ def read_file(
     text = _text(data, name, encoding)
     if not name.endswith('.json'): return text
     try: return json.loads(text)
-    except json.JSONDecodeError as e: raise ContextError(f'{name} is not JSON: {e}') from None
+    except (json.JSONDecodeError, RecursionError) as e: raise ContextError(f'{name} is not JSON: {e}') from None
 
 def read_context(
     paths:list, # Files; none is standard input
@@ -106,6 +106,7 @@ def ask_parser()->argparse.ArgumentParser:
     ask.add_argument('--protocol', choices=['paper', 'answer', 'nano'], default='paper', help='how model and engine talk (default: paper)')
     ask.add_argument('--ns', choices=['local', 'sandbox', 'vm'], default='local', help='where the code runs: in this process, locked down, or in a virtual machine (default: local)')
     ask.add_argument('--log', metavar='FILE', help='write each turn there as it ends; a run that was cut short goes on from there')
+    ask.add_argument('--keep-context', action='store_true', help='write the context beside the log too, for replay and export')
     ask.add_argument('--store', metavar='FILE', help='keep all model calls there; calls that it holds are not made again')
     ask.add_argument('--encoding', default='utf-8', help='of the files (default: utf-8)')
     ask.add_argument('--json', action='store_true', help='print answer, stop, usage and cost as JSON')
@@ -142,18 +143,22 @@ def ask(
 )->int: # Exit code
     "Run one question, and print its answer."
     from rlm.core import rlm_run
+    from rlm.trace import RunLog
     def watch(e):
         text = tell(e)
         if text: print(text, file=sys.stderr, flush=True)
     question, files = _asked(args)
     context = read_context(files, args.encoding)
+    if args.keep_context and not args.log: raise ContextError('--keep-context goes with --log')
+    log = RunLog(args.log, keep_context=True) if args.keep_context else args.log
     with open_ns(args.ns) as ns:
-        res = rlm_run(question, context, ns, args.model, args.max_iters, sub_model=args.sub_model, limits=dict(args.limit), log=args.log, store=args.store,
+        res = rlm_run(question, context, ns, args.model, args.max_iters, sub_model=args.sub_model, limits=dict(args.limit), log=log, store=args.store,
             protocol=dict(paper=PAPER, answer=ANSWER, nano=NANO)[args.protocol], on_event=watch if args.verbose else None)
-    if args.verbose: print(*_usage_lines(res), sep='\n', file=sys.stderr)
     if args.json: print(_as_json(res))
     elif res.answer is not None: print(res.answer)
+    if args.verbose: print(*_usage_lines(res), sep='\n', file=sys.stderr)
     if res.answer is None: print(f'rlm: no answer: {res.summary()}', file=sys.stderr)
+    elif 'offline' in res.usage.model_usage_summaries: print('rlm: the offline model is no language model: it searches, and quotes what fits best', file=sys.stderr)
     return int(res.answer is None)
 
 # %% ../nbs/13_cli.ipynb #b1c76862
@@ -198,11 +203,16 @@ def main(
     try:
         module = importlib.import_module(f'rlm.{module}')
         args = getattr(module, parser)().parse_intermixed_args(argv[1:]) # Options may stand between the question and the files
-        return getattr(module, run)(args)
+        code = getattr(module, run)(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as e:
         done = getattr(e, 'result', None)
         print(f'rlm: interrupted{": " + done.summary() if done else ""}', file=sys.stderr)
         return 130
-    except (RLMError, ValueError) as e:
+    except BrokenPipeError: # Whoever read this has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (RLMError, ValueError, OSError) as e:
         print(f'rlm: {e}', file=sys.stderr)
         return 1

@@ -63,7 +63,8 @@ class RunConfig:
         for name, kind in (('tools', dict), ('sub_tools', dict), ('system_prompt', str), ('compaction', (int, float))):
             v = getattr(self, name)
             if v is not None and not isinstance(v, kind): raise TypeError(f'`{name}` cannot be a {type(v).__name__}: {v!r}')
-        for name, method in (('log', 'on_event'), ('store', 'lookup'), ('child_ns', '__call__')):
+        for name, method in (('log', 'on_event'), ('store', 'lookup'), ('child_ns', '__call__'), ('on_event', '__call__'),
+                ('on_subcall_start', '__call__'), ('on_subcall_complete', '__call__')):
             v = getattr(self, name)
             if not (v is None or method != '__call__' and isinstance(v, (str, os.PathLike)) or hasattr(v, method)): raise TypeError(f'`{name}` has no `{method}`; it is a {type(v).__name__}')
         if self.compaction is not None and not 0 < self.compaction <= 1:
@@ -86,21 +87,22 @@ def make_config(
     return RunConfig(**options)
 
 # %% ../nbs/05_core.ipynb #0ed1512d
-@dataclass
+@dataclass(repr=False)
 class RLMResult:
     "The outcome of a run."
     answer: str|None # The answer's text, or None
     iterations: list # An RLMIteration for each turn
-    ns: MutableMapping = field(repr=False) # The namespace, with all that the code made
-    value: object = field(default=None, repr=False) # The answer as an object, where it was a variable
+    ns: MutableMapping # The namespace, with all that the code made
+    value: object = None # The answer as an object, where it was a variable
     stop: str = 'answer' # `answer`, `max_iters`, `timeout`, `budget`, `errors` or `interrupted`
     limit: LimitExceeded|None = None # The limit that ended it
     usage: UsageSummary = field(default_factory=UsageSummary) # Of the whole tree
-    children: list = field(default_factory=list, repr=False) # RLMResult of each child run
-    messages: list = field(default_factory=list, repr=False) # The conversation
+    children: list = field(default_factory=list) # RLMResult of each child run
+    messages: list = field(default_factory=list) # The conversation
     seconds: float = 0.
-    log: object = field(default=None, repr=False) # Where it is written, if it is
+    log: object = None # Where it is written, if it is
     def __iter__(self): return iter((self.answer, self.iterations, self.ns))
+    def __repr__(self): return f'RLMResult({head_tail(repr(self.answer), 500)}; {self.summary()})'
     @property
     def cost(self)->float|None: # USD, or None where a price is not known
         "Cost of the whole tree."
@@ -540,6 +542,7 @@ def finish(
 def _new_run(query, ns, own_thread=False, **options): # A root run, with its arguments checked
     if not isinstance(query, str): raise TypeError(f'`query` must be a str, not a {type(query).__name__}')
     if not query.strip(): raise ValueError('`query` is empty: ask a question')
+    if isinstance(ns, type): raise TypeError(f'`ns` must be a namespace, and {ns.__name__} is a class: pass {ns.__name__}()')
     if not (isinstance(ns, dict) or hasattr(ns, 'exec_code')): raise TypeError(f'`ns` must be a dict or a namespace with `exec_code`, not a {type(ns).__name__}')
     return Run(make_config(**options), ns, own_thread=own_thread)
 

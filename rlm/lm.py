@@ -419,6 +419,7 @@ def get_lm(
     if model is None: model = os.environ.get('RLM_MODEL')
     if isinstance(model, LM): return model
     if model is None: return ClaudetteLM()
+    if isinstance(model, type): raise TypeError(f'`model` is a class: pass an LM made of it, {model.__name__}(...)')
     if callable(model): return FnLM(model)
     if not isinstance(model, str): raise TypeError(f'`model` must be a name, a function or an LM, not a {type(model).__name__}')
     if model == 'offline': return OfflineLM()

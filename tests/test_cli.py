@@ -81,3 +81,26 @@ def test_without_the_programs(tmp_path):
         p = rlm('ask', 'Q?', '-', '-m', 'offline', '--ns', kind, stdin='some text', env=dict(PATH=str(tmp_path)))
         assert p.returncode == 1 and p.stdout == '' and len(p.stderr.splitlines()) == 1 and says in p.stderr and 'install' in p.stderr, p.stderr
     assert rlm('ask', 'What is said of bees?', '-', '-m', 'offline', stdin='Bees keep warm.', env=dict(PATH=str(tmp_path))).returncode == 0
+
+def test_a_reader_that_has_gone(tmp_path):
+    "`rlm ask ... | true` ends without a traceback, and a full disk is one sentence."
+    env = environment()
+    command = [sys.executable, '-c', 'import sys; from rlm.cli import main; sys.exit(main())', 'ask', 'What is said of bees?', '-', '-m', 'offline']
+    with open('/dev/full', 'w') as full:
+        p = subprocess.run(command, input='Bees keep warm.', stdout=full, stderr=subprocess.PIPE, text=True, env=env, timeout=HANG)
+    assert p.returncode == 1 and 'No space left' in p.stderr and 'Traceback' not in p.stderr
+    r, w = os.pipe(); os.close(r)
+    p = subprocess.run(command, input='Bees keep warm.', stdout=w, stderr=subprocess.PIPE, text=True, env=env, timeout=HANG)
+    os.close(w)
+    assert p.returncode == 1 and 'Traceback' not in p.stderr and 'BrokenPipe' not in p.stderr
+
+def test_odd_files(tmp_path):
+    (tmp_path/'deep.json').write_text('[' * 200_000)
+    p = rlm('ask', 'Q?', tmp_path/'deep.json', '-m', 'offline')
+    assert p.returncode == 1 and 'is not JSON' in p.stderr and len(p.stderr.splitlines()) == 1
+
+def test_the_context_can_be_kept(tmp_path):
+    (tmp_path/'a.txt').write_text('Bees keep warm.')
+    p = rlm('ask', 'What is said of bees?', 'a.txt', '-m', 'offline', '--log', 'run.jsonl', '--keep-context', cwd=tmp_path)
+    assert p.returncode == 0 and rlm('replay', 'run.jsonl', cwd=tmp_path).returncode == 0
+    assert rlm('ask', 'Q?', 'a.txt', '-m', 'offline', '--keep-context', cwd=tmp_path).stderr == 'rlm: --keep-context goes with --log\n'
