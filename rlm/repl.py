@@ -541,13 +541,24 @@ def _run_bash(code, block, timeout): # Foreign code in a process of its own; not
     if p.returncode: block.stderr.write(f'exit code {p.returncode}\n')
 
 # %% ../nbs/01_repl.ipynb #5d3d892b
+_hears = hasattr(signal, 'setitimer') # Do signals reach the main thread?
+
+def _before_fork():
+    global _forks_off_main
+    _forks_off_main = threading.current_thread() is not threading.main_thread()
+
+def _after_fork(): # From Python 3.13 on a signal never arrives in a child that another thread than the main one forked
+    global _hears
+    if _forks_off_main and sys.version_info >= (3, 13): _hears = False
+if hasattr(os, 'register_at_fork'): os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+
 def _guarded(job, block, timeout, thread): # Run foreign code; returns (exception or None, Ctrl-C seen)
     def in_block():
         token = current_block.set(block)
         try: interruptible(job)
         finally: current_block.reset(token)
     if thread: return shielded(_on_thread, block, in_block, timeout, thread), False
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, 'setitimer'): return _on_main(in_block, timeout)
+    if threading.current_thread() is threading.main_thread() and _hears: return _on_main(in_block, timeout)
     own = CodeThread() if timeout is not None else None
     try:
         if own: return shielded(_on_thread, block, in_block, timeout, own), False
