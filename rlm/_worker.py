@@ -130,7 +130,8 @@ class Worker:
         self.wire, self.cap, self.ns, self.jobs, self.calls, self.sent = wire, cap, {'__name__': '__main__'}, SimpleQueue(), {}, {}
         self.numbers, self.now, self.pid, self.extra = itertools.count(1), 0, os.getpid(), {}
         if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=self.forked)
-    def forked(self): # A child of the code's own has no host
+    def forked(self):
+        "In a child of the code's own: it has no host."
         self.wire.dead = True
         for fd in (self.wire.rfd, self.wire.wfd): os.close(fd)
     def run(self):
@@ -142,10 +143,12 @@ class Worker:
             while True: self.work(*self.jobs.get())
         finally: _stop(1)
     def read(self):
+        "The reader thread: until the host is gone."
         try:
             while True: self.take(*self.wire.recv())
         finally: _stop(0)
-    def take(self, head, raw): # On the reader thread
+    def take(self, head, raw):
+        "On the reader thread: a frame that came."
         op = head['op']
         if op == 'interrupt':
             if self.now == head['job']: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -153,12 +156,14 @@ class Worker:
             if box := self.calls.pop(head['id'], None): box.put(head)
         elif op in ('exec', 'metadata', 'repr'): self.jobs.put((head, raw))
         else: self.answer(head, raw)
-    def work(self, head, raw): # On the main thread: what may run code of the model's
+    def work(self, head, raw):
+        "On the main thread: what may run code of the model's."
         self.now = head['id']
         token = _job.set(self.now)
         try: self.answer(head, raw)
         finally: self.now = 0; _job.reset(token)
     def answer(self, head, raw):
+        "Do what a frame asks for, and reply."
         try: out, data = getattr(self, f'do_{head["op"]}')(head, raw) or ({}, b'')
         except Exception as e: out, data = dict(error=describe(e)), b''
         try: self.wire.send(dict(out, op='done', id=head['id']), data, self.cap)
@@ -188,12 +193,14 @@ class Worker:
 
     # What the host asks for: each returns (fields, payload) or None
     def do_exec(self, head, raw):
+        "Run a block."
         code = raw.decode('utf-8', 'surrogatepass')
         try: res = repl.exec_code(code, self.ns, lang=head['lang'], timeout=head['timeout'], max_output=head['max_output'])
         except KeyboardInterrupt as e: res = e.block
         final, notes = self.final(res.final_answer, res.notes)
         return dict(stdout=res.stdout, stderr=res.stderr, locals=res.locals, seconds=res.execution_time, final=final, error=res.error, notes=notes), b''
-    def final(self, answer, notes): # An answer as data, if it is not too large
+    def final(self, answer, notes):
+        "An answer as data, if it is not too large, and the notes."
         if answer is None: return None, notes
         if len(answer) * 4 > self.cap and (n := len(answer.encode('utf-8', 'surrogatepass'))) > self.cap // 4:
             return None, [*notes, f'The answer has {n:,} bytes, and at most {self.cap // 4:,} are taken. Give a shorter one.']
@@ -204,7 +211,8 @@ class Worker:
             if same or len(json.dumps(value)) <= self.cap // 4: return dict(text=text) if same else dict(text=text, value=value), notes
         except (TypeError, ValueError): pass # Its text stands for it
         return dict(text=text), notes
-    def guarded(self, f): # Code of the objects' own may run in `f`
+    def guarded(self, f):
+        "The result of `f`, in which code of the objects' own may run."
         out = []
         err, hit = repl._guarded(lambda: out.append(f()), Block(0), None, None)
         if hit or err is not None: raise err if isinstance(err, Exception) else RuntimeError('it was interrupted')
@@ -218,6 +226,7 @@ class Worker:
         return dict(value=text if len(text) <= n else f'{text[:n]}... [{len(text) - n:,} characters cut]'), b''
     def do_get(self, head, raw): return encode(self.ns[head['name']], head['name'])
     def do_set(self, head, raw):
+        "Set one value for some names; `sent` where they are contexts."
         value = decode(head, raw)
         for name in head['names']: self.ns[name] = value
         if head['sent']: self.sent.update(dict.fromkeys(head['names'], value))
@@ -225,7 +234,8 @@ class Worker:
     def do_has(self, head, raw): return dict(value=head['name'] in self.ns), b''
     def do_keys(self, head, raw): return dict(value=[k for k in list(self.ns) if type(k) is str and k[:2] != '__']), b''
     def do_visible(self, head, raw): return dict(value=repl.visible(self.ns)), b''
-    def do_context(self, head, raw): # The newest one again, or another
+    def do_context(self, head, raw):
+        "The newest context again, or another."
         name = head['name']
         old, value = self.sent.get(name), decode(head, raw) if 'kind' in head else None
         if head['same']: # The caller's object is the one that it was, whatever it holds by now
@@ -234,11 +244,13 @@ class Worker:
         if value is not None: self.sent[name] = value
         return dict(value=repl.bind_context(self.ns, value, name)), b''
     def do_bind(self, head, raw):
+        "Put a run's scaffold in place, the host's functions as proxies."
         functions = {k: self.proxy(k, *v) for k, v in head['functions'].items()}
         repl.bind(self.ns, Scaffold({**functions, **head['values'], **self.extra}, head['final_name'], head['keep_answer']))
     def do_unbind(self, head, raw): repl.unbind(self.ns)
     def do_rebind(self, head, raw): repl.rebind(self.ns, head['name'], decode(head, raw))
     def do_start(self, head, raw):
+        "The first request: what the host offers beside a run."
         if head.get('host_call'):
             self.extra = dict(host_call=self.proxy('host_call', '(method, payload=None)', 'Ask the host; it names the methods that it allows.'))
             self.ns.update(self.extra)

@@ -714,3 +714,19 @@ def test_nobody_can_end_the_loop_that_all_runs_share(who):
     except BaseException: pass
     print(rlm_run('Q', 'text', {}, ScriptLM(['```repl\\nr = llm_query("?")\\n```', 'hm', 'FINAL_VAR(r)'])).answer)''' % KILLS[who], timeout=10)
     assert p.stdout == 'hm\n'
+
+def test_children_of_a_cancelled_run_say_so():
+    asked = []
+    async def model(msgs):
+        if 'Count' not in first(msgs): return block('rlm_query_batched(["Count a", "Count b", "Count c"])')
+        asked.append(1)
+        await asyncio.Event().wait()
+    async def main():
+        task = asyncio.create_task(arlm_run('Q', 'text', model=model))
+        while len(asked) < 3: await asyncio.sleep(.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as e: await task
+        return e.value.result
+    res = asyncio.run(asyncio.wait_for(main(), HANG))
+    until(lambda: len(res.children) == 3)
+    assert [o.stop for o in (res, *res.children)] == ['interrupted'] * 4

@@ -274,3 +274,10 @@ def test_going_back_pays_for_no_recorded_sub_call(tmp_path):
     assert asked == ['p', 'child', 'q']
     rewind(tmp_path/'a.jsonl', 1, 'text', model=FnLM(model, 'two'), log=tmp_path/'b.jsonl', limits=dict(max_depth=1))
     assert asked == ['p', 'child', 'q', 'q']
+
+def test_the_log_of_a_later_question_names_the_context_that_lies_elsewhere(tmp_path):
+    from kinds import new_ns
+    from rlm.trace import context_digest
+    with new_ns('process') as ns:
+        for i in 'ab': rlm_run('Q?', 'some text' if i == 'a' else None, ns, model=ScriptLM([block('1'), 'FINAL(1)']), log=tmp_path/f'{i}.jsonl')
+    assert load_run(tmp_path/'b.jsonl').info['context'] == dict(type='str', length=9, sha256=context_digest('some text'))
