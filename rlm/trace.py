@@ -132,6 +132,9 @@ class _Reader: # Puts a LoggedRun together, line by line
         self.msgs = r.messages(i) if i else []
 
 # %% ../nbs/06_trace.ipynb #59f943c1
+def _regular(path): # A log is a file: a pipe would wait, a device has no end
+    if path.exists() and not path.is_file(): raise TraceError(f'{path} is not a regular file; name another file')
+
 def _lines(path): # (number, line) of a log, plain or gzip; a gzip file may end early
     with open(path, 'rb') as f: packed = f.read(2) == b'\x1f\x8b'
     with (gzip.open if packed else open)(path, 'rb') as f:
@@ -152,6 +155,7 @@ def _records(path): # (record, offset of its line's end) for each whole line
 def _read(path): # A log file -> LoggedRun
     reader, some = _Reader(path), False
     try:
+        _regular(path)
         for d, _ in _records(path): reader.add(d); some = True
     except OSError as e: raise TraceError(f'{path} cannot be read: {e.strerror or e}') from e
     except (KeyError, TypeError, AttributeError) as e: raise TraceError(f'{path} is no log of a run ({type(e).__name__}: {e})') from e
@@ -241,6 +245,10 @@ def _kept_context(run): # The context beside the log, or in the public engine's 
     return res
 
 # %% ../nbs/06_trace.ipynb #c61dcff3
+def _named(path): # As a Path; to that, '' would be the folder where one is
+    if not os.fspath(path): raise TraceError('the name of the file is empty')
+    return Path(path)
+
 def _reply_json(r): return json.dumps(dict(text=r.text, usage=r.usage.to_dict(), stop_reason=r.stop_reason, model=r.model))
 
 def _reply(text): d = json.loads(text); return Reply(d['text'], Usage.from_dict(d['usage']), d['stop_reason'], d['model'])
@@ -258,7 +266,7 @@ class CallStore:
     def __init__(self,
         path, # The file; made where it is missing
     ):
-        self.path, self.lock, self.saved, self._db = Path(path), threading.Lock(), UsageSummary(), None
+        self.path, self.lock, self.saved, self._db = _named(path), threading.Lock(), UsageSummary(), None
         _open.add(self)
         with self.lock: self._run('SELECT count(*) FROM calls')
     def _forked(self): self.lock, self._inherited, self._db = threading.Lock(), self._db, None # To close the parent's would end its locks
@@ -330,11 +338,14 @@ def _encode(d): # A line of JSONL; lone surrogates are no UTF-8, and are escaped
     except UnicodeEncodeError: return json.dumps(d).encode() + b'\n'
 
 # %% ../nbs/06_trace.ipynb #9ca7f1c6
+_START = b'{"type": "metadata"' # How a log begins
+
 class _File: # A log that is being written
     def __init__(self, path):
         self.path, self.f = path, None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _regular(path)
             self.f = open(path, 'a+b', buffering=0)
             if fcntl: fcntl.flock(self.f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -342,8 +353,11 @@ class _File: # A log that is being written
             raise TraceError(f'{path} is being written by another run; name another file' if isinstance(e, BlockingIOError) else
                 f'{path} cannot be written ({e.strerror}); name another file') from e
         _open.add(self)
-    def mend(self): # Take half a line off the end
-        end = max((o for _, o in _records(self.path)), default=0)
+    def whole(self): # Bytes of its whole lines
+        self.f.seek(0)
+        if self.f.read(len(_START)) not in (b'', _START): raise TraceError(f'{self.path} is no log of a run, and is left as it is; name another file')
+        return max((o for _, o in _records(self.path)), default=0)
+    def mend(self, end): # Take half a line off the end
         self.f.truncate(end)
         self.f.seek(max(end - 1, 0))
         if self.f.read(1) not in (b'', b'\n'): self.f.write(b'\n')
@@ -394,13 +408,13 @@ class _Writer: # What one run and those below it write with
         self.meta, self.info = _describe(engine, e.data['query'], e.data['context'])
         self.file = _File(path)
         try:
-            self.file.mend()
-            new = not path.stat().st_size
-            if not new: self._continue(engine)
+            end = self.file.whole()
+            if end: self._continue(engine)
+            self.file.mend(end)
             if keep_context: self.info['context']['file'] = _keep_context(path.parent, e.data['context'], self.info['context']['sha256'])
         except BaseException: self.close(); raise
         if parent: self.info['parent'] = parent
-        if new: self.file.write(self._about())
+        if not end: self.file.write(self._about())
     def _about(self): return dict(type='metadata') | self.meta.to_dict() | self.info
     def _continue(self, engine): # The file holds a run already: it must be this one, and unfinished
         run = load_run(self.path)
@@ -449,7 +463,7 @@ class RunLog:
         keep_context:bool=False, # Write the context beside the log, for `resume` and `replay`
         parent:dict|None=None, # What the run branches off from, for the metadata line
     ):
-        self.path, self.keep_context, self.parent, self.writer = Path(path), keep_context, parent, None
+        self.path, self.keep_context, self.parent, self.writer = _named(path), keep_context, parent, None
         self.folder = str(path).endswith(('/', os.sep)) or self.path.is_dir()
         if self.path.suffix == '.gz': raise TraceError(f'{path}: a log is written as plain text; name a .jsonl file, and pack it afterwards')
     def _file(self):
@@ -641,7 +655,9 @@ def _fork_path(run, k): # Beside the old log
 
 # %% ../nbs/06_trace.ipynb #6ffb196a
 def _branch_off(run, k, code, options): # The options of a run that has the first `k` turns of another
-    path, store, options = options.pop('log', None) or _fork_path(run, k), options.pop('store', None), _options(run, options)
+    path = options.pop('log', None)
+    if path is None: path = _fork_path(run, k)
+    store, options = options.pop('store', None), _options(run, options)
     log, replies = path and RunLog(path, parent=dict(path=str(run.path), turn=k)), _first_turns(run, k, code, options['protocol'])
     return options | dict(log=log, store=_Past(replace(run, iterations=run.iterations[:k], path=None), replies, store))
 

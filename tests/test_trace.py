@@ -7,7 +7,7 @@ from rlm import ANSWER, NANO, PAPER, ScriptLM, arlm_run, rlm_run
 from rlm.lm import ClaudetteLM, FnLM, Reply, Usage
 from rlm.testing import MessagesServer
 from rlm.trace import CallStore, RunLog, TraceError, context_digest, load_run, replay, rewind, to_public
-from common import block, first, forks, in_child, is_turn, script, tree, turn
+from common import block, elsewhere, first, forks, in_child, is_turn, posix, script, tree, turn
 
 DATA = Path(__file__).with_name('data')
 REAL = Path(os.environ.get('TRAJECTORIES', DATA.parents[2]/'shared'/'data'/'trajectories'))
@@ -252,6 +252,41 @@ def test_a_hit_does_not_count(tmp_path):
     one = rlm_run('Q?', 'text', **kw)
     two = rlm_run('Q?', 'text', limits=dict(max_calls=1, max_cost=1e-9), **kw)
     assert one.usage.total.total_calls == 5 and two.answer == '1' and two.usage.total.total_calls == 0 and two.cost == 0
+
+# What is no log and no store
+
+FOREIGN = dict(note=b'my only note\n', half=b'no line end', binary=bytes(range(256)), array=b'[]', empty_array=b'[\n', object=b'{}\n', broken=b'{"type": "iter', csv=b'a,b\n1,2\n', gz=gzip.compress(b'x'))
+
+@pytest.mark.parametrize('name', FOREIGN)
+def test_a_file_that_is_no_log_is_left_as_it_is(tmp_path, name):
+    path = tmp_path/'note.txt'; path.write_bytes(FOREIGN[name])
+    with pytest.raises(TraceError, match='note.txt'): rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)']), log=path)
+    assert path.read_bytes() == FOREIGN[name]
+
+@pytest.mark.parametrize('about', [dict(query='Other?'), dict(query='Q?', stop='answer')])
+def test_another_run_keeps_even_its_half_line(tmp_path, about):
+    path = tmp_path/'x.jsonl'
+    path.write_text(json.dumps(dict(type='metadata') | about) + '\n{"type": "iter')
+    before = path.read_bytes()
+    with pytest.raises(TraceError, match='holds a'): rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)']), log=path)
+    assert path.read_bytes() == before
+
+def test_half_a_first_line_is_begun_anew(tmp_path):
+    (tmp_path/'x.jsonl').write_text('{"type": "metadata", "root_mo')
+    assert rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)'] * 2), log=tmp_path/'x.jsonl').answer == '1' == load_run(tmp_path/'x.jsonl').answer
+
+@posix
+def test_a_pipe_or_a_device_is_no_log(tmp_path):
+    os.mkfifo(tmp_path/'pipe')
+    for path in (tmp_path/'pipe', Path('/dev/zero'), Path('/dev/full')):
+        for f in (lambda: rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)']), log=path), lambda: load_run(path)):
+            with pytest.raises(TraceError, match='is not a regular file'): elsewhere(f)
+
+@pytest.mark.parametrize('option', ['log', 'store'])
+def test_an_empty_name_is_no_file(tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TraceError, match='is empty'): rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)']), **{option: ''})
+    assert not list(tmp_path.iterdir())
 
 # Going back
 
