@@ -115,15 +115,18 @@ class _Reader: # Puts a LoggedRun together, line by line
         if d.get('type') == 'metadata': return self._about(d)
         it, number = _iteration(d, self.pool), d.get('iteration', len(self.turns) + 1)
         if self.turns and number <= self.turns[-1]: self._branch(number)
-        for k in _END: self.run.info.pop(k, None) # It went on after all
+        self._goes_on()
         last = self.run.iterations[-1].response if self.turns else ''
         *join, it.prompt = _new_messages(it.prompt, self.msgs, last)
         _join(self.msgs, join, last, it.prompt)
         self.run.iterations.append(it); self.turns.append(number)
         self.run._lines.append(dict(join=join, stop_reason=d.get('stop_reason', 'end_turn'), cut=d.get('cut', False), timestamp=d.get('timestamp', '')))
     def _about(self, d):
+        if 'stop' not in d: self._goes_on()
         self.run.metadata = RLMMetadata.from_dict(dict(root_model='') | d)
         self.run.info |= {k: v for k,v in d.items() if k != 'type' and k not in self.run.metadata.to_dict()}
+    def _goes_on(self): # It had not ended after all
+        for k in _END: self.run.info.pop(k, None)
     def _branch(self, number): # Put the turns from `number` on aside
         i = next(i for i,o in enumerate(self.turns) if o >= number)
         r = self.run
@@ -382,13 +385,18 @@ def _recorded_calls(run, path=''): # (scope, model, messages, Reply or None) of 
 
 class _LogStore: # What a log holds, in front of a store
     def __init__(self, run, store=None, close=False, key=request_digest):
-        self.store, self.replies, self.ends, self.key = store, {}, close, key
+        self.store, self.replies, self.ends, self.key, self.taken = store, {}, close, key, [] # The last: Replies that came from the store
         count = Counter()
-        for scope, model, msgs, reply in _recorded_calls(run):
+        for scope, model, msgs, reply in _recorded_calls(run) if run else ():
             k = scope, key(model, msgs)
             if reply: self.replies[(*k, count[k])] = reply
             count[k] += 1
-    def lookup(self, scope, n, lm, msgs): return self.replies.get((scope, self.key(lm.name, msgs), n)) or (self.store and self.store.lookup(scope, n, lm, msgs))
+    def lookup(self, scope, n, lm, msgs):
+        if reply := self.replies.get((scope, self.key(lm.name, msgs), n)): return reply
+        reply = self.store and self.store.lookup(scope, n, lm, msgs)
+        if reply: self.taken.append(reply)
+        return reply
+    def usage(self): return sum((UsageSummary({r.model: r.usage}) for r in self.taken), UsageSummary()) # What those had cost
     def record(self, scope, n, lm, msgs, reply):
         if self.store: self.store.record(scope, n, lm, msgs, reply)
     def close(self):
@@ -409,22 +417,23 @@ class _Writer: # What one run and those below it write with
         self.file = _File(path)
         try:
             end = self.file.whole()
-            if end: self._continue(engine)
+            run = self._continue() if end else None
             self.file.mend(end)
             if keep_context: self.info['context']['file'] = _keep_context(path.parent, e.data['context'], self.info['context']['sha256'])
         except BaseException: self.close(); raise
         if parent: self.info['parent'] = parent
-        if not end: self.file.write(self._about())
+        self.file.write(self._about())
+        if run or engine.store: engine.store = self.store = _LogStore(run, engine.store, engine.store is not engine.cfg.store)
     def _about(self): return dict(type='metadata') | self.meta.to_dict() | self.info
-    def _continue(self, engine): # The file holds a run already: it must be this one, and unfinished
+    def _continue(self): # The file holds a run already: it must be this one, and unfinished
         run = load_run(self.path)
         was, now = _identity(run.metadata, run.info), _identity(self.meta, self.info)
         other = [k for k in _same if was[k] != now[k]]
         if other: raise TraceError(f'{self.path} holds another run (not the same: {", ".join(other)}); name another file')
         if run.info.get('stop') in _finished: raise TraceError(f'{self.path} holds a run that is finished; name another file')
-        self.old, self.spent = list(zip(run.iterations, run._lines)), run.usage
+        self.old, self.spent, self.ended = list(zip(run.iterations, run._lines)), run.usage, run.stop is not None
         self.info |= {k: run.info[k] for k in ('context', 'timestamp', 'parent') if k in run.info}
-        engine.store = _LogStore(run, engine.store, engine.store is not engine.cfg.store)
+        return run
     def on_event(self, e):
         if e.kind == 'child': self._child(e)
         elif (e.kind, e.phase) == ('turn', 'reply'): self.stops[e.run, e.data['number']] = e.data['reply'].stop_reason
@@ -449,9 +458,10 @@ class _Writer: # What one run and those below it write with
     def _end(self, res): # What a limit or an interrupt cut short, and how it ended
         for i in range(self.number, len(res.iterations)): self._turn(i + 1, res.iterations[i], cut=True)
         total = self.spent + res.usage
+        if self.store and not self.ended: total += self.store.usage()
         self.file.write(self._about() | _outcome(res) | dict(usage=total.to_dict(), cost=total.total_cost))
         self.close()
-    number = 0 # Of the last turn that came
+    number, store, ended = 0, None, False # Number of the last turn that came; what answers from log and store; did the log have an end, with all that was paid
     def close(self): self.file.close()
 
 # %% ../nbs/06_trace.ipynb #88336785
