@@ -36,6 +36,32 @@ def _usage_of(d): # A call's usage: nested, or two counts as the first logs had 
 
 def _call_dict(d): return dict(root_model='', prompt='', response='') | d | dict(usage_summary=_usage_of(d))
 
+# %% ../nbs/06_trace.ipynb #ac1eac65
+_none = type(None)
+_text, _list, _dict = (str,), (list, _none), (dict, _none)
+_TYPES = dict( # Of the parts of a record, where they are there; what else is in it may be anything
+    metadata=dict(root_model=(str, _none), query=(str, _none), protocol=(str, _none), sub_model=(str, _none), limits=_dict, usage=_dict, run=(str, _none)),
+    turn=dict(prompt=(str, list, _none), response=_text, code_blocks=_list, usage=_dict, notes=(list,), iteration=(int,), stop_reason=_text),
+    message=dict(role=_text, content=_text), block=dict(code=_text, lang=_text, result=_dict),
+    result=dict(stdout=_text, stderr=_text, locals=_dict, rlm_calls=_list, llm_calls=_list, error=(str, _none), notes=(list,)),
+    call=dict(root_model=_text, response=_text, usage_summary=_dict, metadata=_dict, error=(str, _none)),
+    usage=dict(model_usage_summaries=(dict,)), child=dict(run_metadata=_dict, iterations=(list,)),
+    used={k: (int, float, _none) for k in ('total_calls', 'total_input_tokens', 'total_output_tokens', 'total_cost', 'total_cache_read_tokens', 'total_cache_write_tokens')})
+_INSIDE = dict(prompt='message', code_blocks='block', result='result', rlm_calls='call', llm_calls='call', usage='usage', usage_summary='usage',
+    model_usage_summaries='used', metadata='child', run_metadata='metadata', iterations='turn') # What the parts consist of
+_NEEDS = dict(message=('role', 'content'), child=('iterations',)) # All else may be missing
+
+def _check(d, kind, where): # Raise TraceError if a record, or what is in it, has a part of a wrong type
+    if not isinstance(d, dict): raise TraceError(f'{where} must be an object, not {head_tail(repr(d), 60)}')
+    for k in _NEEDS.get(kind, ()):
+        if k not in d: raise TraceError(f'{where} has no `{k}`')
+    for k, types in _TYPES[kind].items():
+        v, name = d.get(k), f'{where}: {k}'
+        if k in d and not isinstance(v, types): raise TraceError(f'{name} cannot be a {type_name(type(v))}: {head_tail(repr(v), 60)}')
+        if k not in _INSIDE or not v or isinstance(v, str): continue
+        parts = v.items() if k == 'model_usage_summaries' else enumerate(v, 1) if isinstance(v, list) else [(None, v)]
+        for i, o in parts: _check(o, _INSIDE[k], name if i is None else f'{name} {i}')
+
 # %% ../nbs/06_trace.ipynb #1ebe6763
 def _result_dict(d, pool): # `pool` keeps one copy of each value: the public engine writes the context once a block
     out = dict(stdout='', stderr='') | d
@@ -111,8 +137,10 @@ _END = ('stop', 'answer', 'usage', 'cost', 'seconds', 'limit') # What the closin
 
 class _Reader: # Puts a LoggedRun together, line by line
     def __init__(self, path=None): self.run, self.msgs, self.pool, self.turns = LoggedRun(RLMMetadata(''), [], path=path), [], {}, []
-    def add(self, d):
-        if d.get('type') == 'metadata': return self._about(d)
+    def add(self, d, where):
+        about = isinstance(d, dict) and d.get('type') == 'metadata'
+        _check(d, 'metadata' if about else 'turn', where)
+        if about: return self._about(d)
         it, number = _iteration(d, self.pool), d.get('iteration', len(self.turns) + 1)
         if self.turns and number <= self.turns[-1]: self._branch(number)
         self._goes_on()
@@ -153,15 +181,14 @@ def _records(path): # (record, offset of its line's end) for each whole line
         try: d = json.loads(line)
         except ValueError: bad = i; continue
         if not isinstance(d, dict): raise TraceError(f'{path}: line {i} is no JSON object, so this is no log of a run')
-        yield d, end
+        yield d, end, i
 
 def _read(path): # A log file -> LoggedRun
     reader, some = _Reader(path), False
     try:
         _regular(path)
-        for d, _ in _records(path): reader.add(d); some = True
+        for d, _, i in _records(path): reader.add(d, f'{path} is no log of a run: line {i}'); some = True
     except OSError as e: raise TraceError(f'{path} cannot be read: {e.strerror or e}') from e
-    except (KeyError, TypeError, AttributeError) as e: raise TraceError(f'{path} is no log of a run ({type(e).__name__}: {e})') from e
     if not some: raise TraceError(f'{path} holds no turn; name the log of a run')
     return reader.run
 
@@ -186,8 +213,9 @@ def load_run(
     if not isinstance(run, dict): return _read(Path(run))
     if not isinstance(run.get('iterations'), list): raise TraceError("a trajectory in memory is a dict with 'run_metadata' and a list of 'iterations'")
     reader = _Reader()
-    for o in run['iterations']: reader.add(o)
-    reader.add(dict(run.get('run_metadata') or {}, type='metadata'))
+    _check(run, 'child', 'the trajectory')
+    for o in run['iterations']: reader.add(o, 'the trajectory')
+    reader._about(run.get('run_metadata') or {})
     return reader.run
 
 # %% ../nbs/06_trace.ipynb #e7dcc392
@@ -254,7 +282,12 @@ def _named(path): # As a Path; to that, '' would be the folder where one is
 
 def _reply_json(r): return json.dumps(dict(text=r.text, usage=r.usage.to_dict(), stop_reason=r.stop_reason, model=r.model))
 
-def _reply(text): d = json.loads(text); return Reply(d['text'], Usage.from_dict(d['usage']), d['stop_reason'], d['model'])
+def _reply(text): # TraceError where it is damaged
+    try:
+        d = json.loads(text)
+        _check(dict(response=d['text'], usage_summary=dict(model_usage_summaries={d['model']: d['usage']})), 'call', 'reply')
+        return Reply(d['text'], Usage.from_dict(d['usage']), d['stop_reason'], d['model'])
+    except (ValueError, KeyError, TypeError) as e: raise TraceError(f'{type(e).__name__}: {e}') from e
 
 _open = weakref.WeakSet() # Stores and logs that are in use
 
@@ -263,6 +296,11 @@ def _after_fork(): # The child has its own connections, and leaves the parent's 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
 
 _schema = '''CREATE TABLE IF NOT EXISTS calls (request TEXT, scope TEXT, n INT, model TEXT, reply TEXT, time REAL, PRIMARY KEY (request, scope, n)) WITHOUT ROWID'''
+_APP = int.from_bytes(b'rlmc') # What SQLite calls the application id of a file
+
+def _is_store(db): # One that is marked as ours, one of before there was a mark, or an empty one
+    (app,), columns = db.execute('PRAGMA application_id').fetchone(), [o[1] for o in db.execute('PRAGMA table_info(calls)')]
+    return app == _APP or columns == ['request', 'scope', 'n', 'model', 'reply', 'time'] or not (app or db.execute('SELECT 1 FROM sqlite_master').fetchone())
 
 class CallStore:
     "The replies to all calls that were ever paid for, in a SQLite file."
@@ -276,7 +314,10 @@ class CallStore:
     def _connect(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-        for o in ('PRAGMA journal_mode=WAL', 'PRAGMA synchronous=NORMAL', _schema): self._db.execute(o)
+        if not _is_store(self._db):
+            self._db.close(); self._db = None
+            raise TraceError(f'{self.path} is the database of another program, and is left as it is; name another file')
+        for o in ('PRAGMA journal_mode=WAL', 'PRAGMA synchronous=NORMAL', f'PRAGMA application_id={_APP}', _schema): self._db.execute(o)
     def _run(self, sql, *args): # The rows of a statement
         try:
             if self._db is None: self._connect()
@@ -293,7 +334,8 @@ class CallStore:
         with self.lock:
             rows = self._run('SELECT reply FROM calls WHERE request=? AND scope=? AND n=?', request_digest(lm.name, msgs), scope, n)
             if not rows: return
-            r = _reply(rows[0][0])
+            try: r = _reply(rows[0][0])
+            except TraceError as e: raise TraceError(f'{self.path} holds a damaged reply ({e}); name another file, or remove this one') from e
             self.saved += UsageSummary({r.model: r.usage})
         return r
     def record(self,
@@ -359,7 +401,7 @@ class _File: # A log that is being written
     def whole(self): # Bytes of its whole lines
         self.f.seek(0)
         if self.f.read(len(_START)) not in (b'', _START): raise TraceError(f'{self.path} is no log of a run, and is left as it is; name another file')
-        return max((o for _, o in _records(self.path)), default=0)
+        return max((o for _, o, _ in _records(self.path)), default=0)
     def mend(self, end): # Take half a line off the end
         self.f.truncate(end)
         self.f.seek(max(end - 1, 0))
