@@ -36,6 +36,32 @@ def _usage_of(d): # A call's usage: nested, or two counts as the first logs had 
 
 def _call_dict(d): return dict(root_model='', prompt='', response='') | d | dict(usage_summary=_usage_of(d))
 
+# %% ../nbs/06_trace.ipynb #ac1eac65
+_none = type(None)
+_text, _list, _dict = (str,), (list, _none), (dict, _none)
+_TYPES = dict( # Of the parts of a record, where they are there; what else is in it may be anything
+    metadata=dict(root_model=(str, _none), query=(str, _none), protocol=(str, _none), sub_model=(str, _none), limits=_dict, usage=_dict, run=(str, _none)),
+    turn=dict(prompt=(str, list, _none), response=_text, code_blocks=_list, usage=_dict, notes=(list,), iteration=(int,), stop_reason=_text),
+    message=dict(role=_text, content=_text), block=dict(code=_text, lang=_text, result=_dict),
+    result=dict(stdout=_text, stderr=_text, locals=_dict, rlm_calls=_list, llm_calls=_list, error=(str, _none), notes=(list,)),
+    call=dict(root_model=_text, response=_text, usage_summary=_dict, metadata=_dict, error=(str, _none)),
+    usage=dict(model_usage_summaries=(dict,)), child=dict(run_metadata=_dict, iterations=(list,)),
+    used={k: (int, float, _none) for k in ('total_calls', 'total_input_tokens', 'total_output_tokens', 'total_cost', 'total_cache_read_tokens', 'total_cache_write_tokens')})
+_INSIDE = dict(prompt='message', code_blocks='block', result='result', rlm_calls='call', llm_calls='call', usage='usage', usage_summary='usage',
+    model_usage_summaries='used', metadata='child', run_metadata='metadata', iterations='turn') # What the parts consist of
+_NEEDS = dict(message=('role', 'content'), child=('iterations',)) # All else may be missing
+
+def _check(d, kind, where): # Raise TraceError if a record, or what is in it, has a part of a wrong type
+    if not isinstance(d, dict): raise TraceError(f'{where} must be an object, not {head_tail(repr(d), 60)}')
+    for k in _NEEDS.get(kind, ()):
+        if k not in d: raise TraceError(f'{where} has no `{k}`')
+    for k, types in _TYPES[kind].items():
+        v, name = d.get(k), f'{where}: {k}'
+        if k in d and not isinstance(v, types): raise TraceError(f'{name} cannot be a {type_name(type(v))}: {head_tail(repr(v), 60)}')
+        if k not in _INSIDE or not v or isinstance(v, str): continue
+        parts = v.items() if k == 'model_usage_summaries' else enumerate(v, 1) if isinstance(v, list) else [(None, v)]
+        for i, o in parts: _check(o, _INSIDE[k], name if i is None else f'{name} {i}')
+
 # %% ../nbs/06_trace.ipynb #1ebe6763
 def _result_dict(d, pool): # `pool` keeps one copy of each value: the public engine writes the context once a block
     out = dict(stdout='', stderr='') | d
@@ -111,19 +137,24 @@ _END = ('stop', 'answer', 'usage', 'cost', 'seconds', 'limit') # What the closin
 
 class _Reader: # Puts a LoggedRun together, line by line
     def __init__(self, path=None): self.run, self.msgs, self.pool, self.turns = LoggedRun(RLMMetadata(''), [], path=path), [], {}, []
-    def add(self, d):
-        if d.get('type') == 'metadata': return self._about(d)
+    def add(self, d, where):
+        about = isinstance(d, dict) and d.get('type') == 'metadata'
+        _check(d, 'metadata' if about else 'turn', where)
+        if about: return self._about(d)
         it, number = _iteration(d, self.pool), d.get('iteration', len(self.turns) + 1)
         if self.turns and number <= self.turns[-1]: self._branch(number)
-        for k in _END: self.run.info.pop(k, None) # It went on after all
+        self._goes_on()
         last = self.run.iterations[-1].response if self.turns else ''
         *join, it.prompt = _new_messages(it.prompt, self.msgs, last)
         _join(self.msgs, join, last, it.prompt)
         self.run.iterations.append(it); self.turns.append(number)
         self.run._lines.append(dict(join=join, stop_reason=d.get('stop_reason', 'end_turn'), cut=d.get('cut', False), timestamp=d.get('timestamp', '')))
     def _about(self, d):
+        if 'stop' not in d: self._goes_on()
         self.run.metadata = RLMMetadata.from_dict(dict(root_model='') | d)
         self.run.info |= {k: v for k,v in d.items() if k != 'type' and k not in self.run.metadata.to_dict()}
+    def _goes_on(self): # It had not ended after all
+        for k in _END: self.run.info.pop(k, None)
     def _branch(self, number): # Put the turns from `number` on aside
         i = next(i for i,o in enumerate(self.turns) if o >= number)
         r = self.run
@@ -132,6 +163,9 @@ class _Reader: # Puts a LoggedRun together, line by line
         self.msgs = r.messages(i) if i else []
 
 # %% ../nbs/06_trace.ipynb #59f943c1
+def _regular(path): # A log is a file: a pipe would wait, a device has no end
+    if path.exists() and not path.is_file(): raise TraceError(f'{path} is not a regular file; name another file')
+
 def _lines(path): # (number, line) of a log, plain or gzip; a gzip file may end early
     with open(path, 'rb') as f: packed = f.read(2) == b'\x1f\x8b'
     with (gzip.open if packed else open)(path, 'rb') as f:
@@ -147,14 +181,14 @@ def _records(path): # (record, offset of its line's end) for each whole line
         try: d = json.loads(line)
         except ValueError: bad = i; continue
         if not isinstance(d, dict): raise TraceError(f'{path}: line {i} is no JSON object, so this is no log of a run')
-        yield d, end
+        yield d, end, i
 
 def _read(path): # A log file -> LoggedRun
     reader, some = _Reader(path), False
     try:
-        for d, _ in _records(path): reader.add(d); some = True
+        _regular(path)
+        for d, _, i in _records(path): reader.add(d, f'{path} is no log of a run: line {i}'); some = True
     except OSError as e: raise TraceError(f'{path} cannot be read: {e.strerror or e}') from e
-    except (KeyError, TypeError, AttributeError) as e: raise TraceError(f'{path} is no log of a run ({type(e).__name__}: {e})') from e
     if not some: raise TraceError(f'{path} holds no turn; name the log of a run')
     return reader.run
 
@@ -179,8 +213,9 @@ def load_run(
     if not isinstance(run, dict): return _read(Path(run))
     if not isinstance(run.get('iterations'), list): raise TraceError("a trajectory in memory is a dict with 'run_metadata' and a list of 'iterations'")
     reader = _Reader()
-    for o in run['iterations']: reader.add(o)
-    reader.add(dict(run.get('run_metadata') or {}, type='metadata'))
+    _check(run, 'child', 'the trajectory')
+    for o in run['iterations']: reader.add(o, 'the trajectory')
+    reader._about(run.get('run_metadata') or {})
     return reader.run
 
 # %% ../nbs/06_trace.ipynb #e7dcc392
@@ -241,9 +276,18 @@ def _kept_context(run): # The context beside the log, or in the public engine's 
     return res
 
 # %% ../nbs/06_trace.ipynb #c61dcff3
+def _named(path): # As a Path; to that, '' would be the folder where one is
+    if not os.fspath(path): raise TraceError('the name of the file is empty')
+    return Path(path)
+
 def _reply_json(r): return json.dumps(dict(text=r.text, usage=r.usage.to_dict(), stop_reason=r.stop_reason, model=r.model))
 
-def _reply(text): d = json.loads(text); return Reply(d['text'], Usage.from_dict(d['usage']), d['stop_reason'], d['model'])
+def _reply(text): # TraceError where it is damaged
+    try:
+        d = json.loads(text)
+        _check(dict(response=d['text'], usage_summary=dict(model_usage_summaries={d['model']: d['usage']})), 'call', 'reply')
+        return Reply(d['text'], Usage.from_dict(d['usage']), d['stop_reason'], d['model'])
+    except (ValueError, KeyError, TypeError) as e: raise TraceError(f'{type(e).__name__}: {e}') from e
 
 _open = weakref.WeakSet() # Stores and logs that are in use
 
@@ -252,20 +296,28 @@ def _after_fork(): # The child has its own connections, and leaves the parent's 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
 
 _schema = '''CREATE TABLE IF NOT EXISTS calls (request TEXT, scope TEXT, n INT, model TEXT, reply TEXT, time REAL, PRIMARY KEY (request, scope, n)) WITHOUT ROWID'''
+_APP = int.from_bytes(b'rlmc') # What SQLite calls the application id of a file
+
+def _is_store(db): # One that is marked as ours, one of before there was a mark, or an empty one
+    (app,), columns = db.execute('PRAGMA application_id').fetchone(), [o[1] for o in db.execute('PRAGMA table_info(calls)')]
+    return app == _APP or columns == ['request', 'scope', 'n', 'model', 'reply', 'time'] or not (app or db.execute('SELECT 1 FROM sqlite_master').fetchone())
 
 class CallStore:
     "The replies to all calls that were ever paid for, in a SQLite file."
     def __init__(self,
         path, # The file; made where it is missing
     ):
-        self.path, self.lock, self.saved, self._db = Path(path), threading.Lock(), UsageSummary(), None
+        self.path, self.lock, self.saved, self._db = _named(path), threading.Lock(), UsageSummary(), None
         _open.add(self)
         with self.lock: self._run('SELECT count(*) FROM calls')
     def _forked(self): self.lock, self._inherited, self._db = threading.Lock(), self._db, None # To close the parent's would end its locks
     def _connect(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-        for o in ('PRAGMA journal_mode=WAL', 'PRAGMA synchronous=NORMAL', _schema): self._db.execute(o)
+        if not _is_store(self._db):
+            self._db.close(); self._db = None
+            raise TraceError(f'{self.path} is the database of another program, and is left as it is; name another file')
+        for o in ('PRAGMA journal_mode=WAL', 'PRAGMA synchronous=NORMAL', f'PRAGMA application_id={_APP}', _schema): self._db.execute(o)
     def _run(self, sql, *args): # The rows of a statement
         try:
             if self._db is None: self._connect()
@@ -282,7 +334,8 @@ class CallStore:
         with self.lock:
             rows = self._run('SELECT reply FROM calls WHERE request=? AND scope=? AND n=?', request_digest(lm.name, msgs), scope, n)
             if not rows: return
-            r = _reply(rows[0][0])
+            try: r = _reply(rows[0][0])
+            except TraceError as e: raise TraceError(f'{self.path} holds a damaged reply ({e}); name another file, or remove this one') from e
             self.saved += UsageSummary({r.model: r.usage})
         return r
     def record(self,
@@ -330,11 +383,14 @@ def _encode(d): # A line of JSONL; lone surrogates are no UTF-8, and are escaped
     except UnicodeEncodeError: return json.dumps(d).encode() + b'\n'
 
 # %% ../nbs/06_trace.ipynb #9ca7f1c6
+_START = b'{"type": "metadata"' # How a log begins
+
 class _File: # A log that is being written
     def __init__(self, path):
         self.path, self.f = path, None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _regular(path)
             self.f = open(path, 'a+b', buffering=0)
             if fcntl: fcntl.flock(self.f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -342,8 +398,11 @@ class _File: # A log that is being written
             raise TraceError(f'{path} is being written by another run; name another file' if isinstance(e, BlockingIOError) else
                 f'{path} cannot be written ({e.strerror}); name another file') from e
         _open.add(self)
-    def mend(self): # Take half a line off the end
-        end = max((o for _, o in _records(self.path)), default=0)
+    def whole(self): # Bytes of its whole lines
+        self.f.seek(0)
+        if self.f.read(len(_START)) not in (b'', _START): raise TraceError(f'{self.path} is no log of a run, and is left as it is; name another file')
+        return max((o for _, o, _ in _records(self.path)), default=0)
+    def mend(self, end): # Take half a line off the end
         self.f.truncate(end)
         self.f.seek(max(end - 1, 0))
         if self.f.read(1) not in (b'', b'\n'): self.f.write(b'\n')
@@ -368,13 +427,18 @@ def _recorded_calls(run, path=''): # (scope, model, messages, Reply or None) of 
 
 class _LogStore: # What a log holds, in front of a store
     def __init__(self, run, store=None, close=False, key=request_digest):
-        self.store, self.replies, self.ends, self.key = store, {}, close, key
+        self.store, self.replies, self.ends, self.key, self.taken = store, {}, close, key, [] # The last: Replies that came from the store
         count = Counter()
-        for scope, model, msgs, reply in _recorded_calls(run):
+        for scope, model, msgs, reply in _recorded_calls(run) if run else ():
             k = scope, key(model, msgs)
             if reply: self.replies[(*k, count[k])] = reply
             count[k] += 1
-    def lookup(self, scope, n, lm, msgs): return self.replies.get((scope, self.key(lm.name, msgs), n)) or (self.store and self.store.lookup(scope, n, lm, msgs))
+    def lookup(self, scope, n, lm, msgs):
+        if reply := self.replies.get((scope, self.key(lm.name, msgs), n)): return reply
+        reply = self.store and self.store.lookup(scope, n, lm, msgs)
+        if reply: self.taken.append(reply)
+        return reply
+    def usage(self): return sum((UsageSummary({r.model: r.usage}) for r in self.taken), UsageSummary()) # What those had cost
     def record(self, scope, n, lm, msgs, reply):
         if self.store: self.store.record(scope, n, lm, msgs, reply)
     def close(self):
@@ -394,23 +458,24 @@ class _Writer: # What one run and those below it write with
         self.meta, self.info = _describe(engine, e.data['query'], e.data['context'])
         self.file = _File(path)
         try:
-            self.file.mend()
-            new = not path.stat().st_size
-            if not new: self._continue(engine)
+            end = self.file.whole()
+            run = self._continue() if end else None
+            self.file.mend(end)
             if keep_context: self.info['context']['file'] = _keep_context(path.parent, e.data['context'], self.info['context']['sha256'])
         except BaseException: self.close(); raise
         if parent: self.info['parent'] = parent
-        if new: self.file.write(self._about())
+        self.file.write(self._about())
+        if run or engine.store: engine.store = self.store = _LogStore(run, engine.store, engine.store is not engine.cfg.store)
     def _about(self): return dict(type='metadata') | self.meta.to_dict() | self.info
-    def _continue(self, engine): # The file holds a run already: it must be this one, and unfinished
+    def _continue(self): # The file holds a run already: it must be this one, and unfinished
         run = load_run(self.path)
         was, now = _identity(run.metadata, run.info), _identity(self.meta, self.info)
         other = [k for k in _same if was[k] != now[k]]
         if other: raise TraceError(f'{self.path} holds another run (not the same: {", ".join(other)}); name another file')
         if run.info.get('stop') in _finished: raise TraceError(f'{self.path} holds a run that is finished; name another file')
-        self.old, self.spent = list(zip(run.iterations, run._lines)), run.usage
+        self.old, self.spent, self.ended = list(zip(run.iterations, run._lines)), run.usage, run.stop is not None
         self.info |= {k: run.info[k] for k in ('context', 'timestamp', 'parent') if k in run.info}
-        engine.store = _LogStore(run, engine.store, engine.store is not engine.cfg.store)
+        return run
     def on_event(self, e):
         if e.kind == 'child': self._child(e)
         elif (e.kind, e.phase) == ('turn', 'reply'): self.stops[e.run, e.data['number']] = e.data['reply'].stop_reason
@@ -435,9 +500,10 @@ class _Writer: # What one run and those below it write with
     def _end(self, res): # What a limit or an interrupt cut short, and how it ended
         for i in range(self.number, len(res.iterations)): self._turn(i + 1, res.iterations[i], cut=True)
         total = self.spent + res.usage
+        if self.store and not self.ended: total += self.store.usage()
         self.file.write(self._about() | _outcome(res) | dict(usage=total.to_dict(), cost=total.total_cost))
         self.close()
-    number = 0 # Of the last turn that came
+    number, store, ended = 0, None, False # Number of the last turn that came; what answers from log and store; did the log have an end, with all that was paid
     def close(self): self.file.close()
 
 # %% ../nbs/06_trace.ipynb #88336785
@@ -449,7 +515,7 @@ class RunLog:
         keep_context:bool=False, # Write the context beside the log, for `resume` and `replay`
         parent:dict|None=None, # What the run branches off from, for the metadata line
     ):
-        self.path, self.keep_context, self.parent, self.writer = Path(path), keep_context, parent, None
+        self.path, self.keep_context, self.parent, self.writer = _named(path), keep_context, parent, None
         self.folder = str(path).endswith(('/', os.sep)) or self.path.is_dir()
         if self.path.suffix == '.gz': raise TraceError(f'{path}: a log is written as plain text; name a .jsonl file, and pack it afterwards')
     def _file(self):
@@ -641,7 +707,9 @@ def _fork_path(run, k): # Beside the old log
 
 # %% ../nbs/06_trace.ipynb #6ffb196a
 def _branch_off(run, k, code, options): # The options of a run that has the first `k` turns of another
-    path, store, options = options.pop('log', None) or _fork_path(run, k), options.pop('store', None), _options(run, options)
+    path = options.pop('log', None)
+    if path is None: path = _fork_path(run, k)
+    store, options = options.pop('store', None), _options(run, options)
     log, replies = path and RunLog(path, parent=dict(path=str(run.path), turn=k)), _first_turns(run, k, code, options['protocol'])
     return options | dict(log=log, store=_Past(replace(run, iterations=run.iterations[:k], path=None), replies, store))
 

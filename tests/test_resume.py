@@ -2,6 +2,7 @@
 import asyncio, json, os, random, signal, sqlite3, subprocess, sys, threading, time
 from collections import Counter
 import pytest
+from rlm._rlmpaper_compat import UsageSummary
 from rlm.core import request_digest, rlm_iter, rlm_run
 from rlm.lm import LMError
 from rlm.testing import MessagesServer
@@ -246,3 +247,48 @@ def test_a_run_that_does_not_start_leaves_no_store_open(tmp_path):
     before = {id(o) for o in _open}
     with pytest.raises(ValueError, match='no context') as e: rlm_run('Q?', model=model, store=tmp_path/'c.db') # `e` keeps what the garbage collector would close
     assert e and not [o for o in list(_open) if id(o) not in before and isinstance(o, CallStore) and o._db]
+
+# What it cost
+
+KILLED = '''
+import os, sys
+from rlm.core import rlm_run
+def model(msgs):
+    if msgs[0]['role'] != 'system': return msgs[0]['content'].upper()
+    return ['```repl\\nx = llm_query_batched([str(i) for i in range(8)])\\nstop()\\n```', '```repl\\ny = llm_query_batched([str(i) for i in range(8, 16)])\\n```', 'FINAL(done)'][sum(m['role'] == 'assistant' for m in msgs)]
+log, store, how = sys.argv[1:]
+res = rlm_run('Q?', 'text', model=model, log=log, store=store, tools=dict(stop=lambda: os._exit(9) if how == 'kill' else None))
+print(res.usage.total.total_calls)
+'''
+
+def test_what_a_killed_turn_had_cost_is_in_the_log(tmp_path):
+    args = str(tmp_path/'x.jsonl'), str(tmp_path/'c.db')
+    for _ in range(2): assert script(KILLED, *args, 'kill').returncode == 9 # The second one pays for nothing
+    assert script(KILLED, *args, 'no').stdout == '10\n'
+    run = load_run(args[0])
+    assert run.usage.total.total_calls == len(CallStore(args[1])) == 19
+    assert run.usage == sum([it.usage for it in run.iterations] + [c.usage_summary for c in run.calls], UsageSummary()) # As the view counts its turns
+
+def test_what_is_in_log_and_store_counts_once(tmp_path):
+    kw = dict(model=model, log=tmp_path/'x.jsonl', store=tmp_path/'c.db')
+    for _ in range(2):
+        steps = rlm_iter('Q?', 'text', **kw); next(steps); steps.close()
+        assert load_run(tmp_path/'x.jsonl').usage.total.total_calls == 2
+    assert rlm_run('Q?', 'text', **kw).usage.total.total_calls == 3 and load_run(tmp_path/'x.jsonl').usage.total.total_calls == 5
+
+def test_an_end_has_all_that_was_paid(tmp_path):
+    "The turn that was under way is in the log, in the store, and in the sums of the log's end, and counts once."
+    kw = dict(model=model, log=tmp_path/'x.jsonl', store=tmp_path/'c.db', on_event=lambda e: stop(e))
+    def stop(e):
+        if hold and (e.kind, e.phase) == ('block', 'start'): raise KeyboardInterrupt
+    hold = True
+    with pytest.raises(KeyboardInterrupt): rlm_run('Q?', 'text', **kw)
+    run = load_run(tmp_path/'x.jsonl')
+    assert run.stop == 'interrupted' and run.usage.total.total_calls == len(CallStore(tmp_path/'c.db')) == 1
+    hold = False
+    assert rlm_run('Q?', 'text', **kw).usage.total.total_calls == 4
+    assert load_run(tmp_path/'x.jsonl').usage.total.total_calls == len(CallStore(tmp_path/'c.db')) == 5
+
+def test_a_run_from_the_store_says_what_it_had_cost(tmp_path):
+    first, again = (rlm_run('Q?', 'text', model=model, log=tmp_path/f'{i}.jsonl', store=tmp_path/'c.db') for i in range(2))
+    assert again.usage.total.total_calls == 0 and load_run(again.log).usage == load_run(first.log).usage == first.usage

@@ -7,7 +7,7 @@ from rlm import ANSWER, NANO, PAPER, ScriptLM, arlm_run, rlm_run
 from rlm.lm import ClaudetteLM, FnLM, Reply, Usage
 from rlm.testing import MessagesServer
 from rlm.trace import CallStore, RunLog, TraceError, context_digest, load_run, replay, rewind, to_public
-from common import block, first, forks, in_child, is_turn, script, tree, turn
+from common import block, elsewhere, first, forks, in_child, is_turn, posix, script, tree, turn
 
 DATA = Path(__file__).with_name('data')
 REAL = Path(os.environ.get('TRAJECTORIES', DATA.parents[2]/'shared'/'data'/'trajectories'))
@@ -252,6 +252,86 @@ def test_a_hit_does_not_count(tmp_path):
     one = rlm_run('Q?', 'text', **kw)
     two = rlm_run('Q?', 'text', limits=dict(max_calls=1, max_cost=1e-9), **kw)
     assert one.usage.total.total_calls == 5 and two.answer == '1' and two.usage.total.total_calls == 0 and two.cost == 0
+
+# What is no log and no store
+
+FOREIGN = dict(note=b'my only note\n', half=b'no line end', binary=bytes(range(256)), array=b'[]', empty_array=b'[\n', object=b'{}\n', broken=b'{"type": "iter', csv=b'a,b\n1,2\n', gz=gzip.compress(b'x'))
+
+@pytest.mark.parametrize('name', FOREIGN)
+def test_a_file_that_is_no_log_is_left_as_it_is(tmp_path, name):
+    path = tmp_path/'note.txt'; path.write_bytes(FOREIGN[name])
+    with pytest.raises(TraceError, match='note.txt'): rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)']), log=path)
+    assert path.read_bytes() == FOREIGN[name]
+
+@pytest.mark.parametrize('about', [dict(query='Other?'), dict(query='Q?', stop='answer')])
+def test_another_run_keeps_even_its_half_line(tmp_path, about):
+    path = tmp_path/'x.jsonl'
+    path.write_text(json.dumps(dict(type='metadata') | about) + '\n{"type": "iter')
+    before = path.read_bytes()
+    with pytest.raises(TraceError, match='holds a'): rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)']), log=path)
+    assert path.read_bytes() == before
+
+def test_half_a_first_line_is_begun_anew(tmp_path):
+    (tmp_path/'x.jsonl').write_text('{"type": "metadata", "root_mo')
+    assert rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)'] * 2), log=tmp_path/'x.jsonl').answer == '1' == load_run(tmp_path/'x.jsonl').answer
+
+@posix
+def test_a_pipe_or_a_device_is_no_log(tmp_path):
+    os.mkfifo(tmp_path/'pipe')
+    for path in (tmp_path/'pipe', Path('/dev/zero'), Path('/dev/full')):
+        for f in (lambda: rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)']), log=path), lambda: load_run(path)):
+            with pytest.raises(TraceError, match='is not a regular file'): elsewhere(f)
+
+@pytest.mark.parametrize('option', ['log', 'store'])
+def test_an_empty_name_is_no_file(tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TraceError, match='is empty'): rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)']), **{option: ''})
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('made', ['CREATE TABLE notes (text)', 'CREATE TABLE calls (name, number)', 'PRAGMA application_id=7'])
+def test_the_database_of_another_program_is_left_as_it_is(tmp_path, made):
+    with sqlite3.connect(tmp_path/'x.db') as db: db.execute(made)
+    db.close()
+    before = (tmp_path/'x.db').read_bytes()
+    with pytest.raises(TraceError, match='another program'): rlm_run('Q?', 'text', model=ScriptLM(['FINAL(1)']), store=tmp_path/'x.db')
+    assert (tmp_path/'x.db').read_bytes() == before and [o.name for o in tmp_path.iterdir()] == ['x.db']
+
+def test_a_store_without_a_mark_is_taken(tmp_path):
+    with CallStore(tmp_path/'x.db') as store: store.record('', 0, ScriptLM([]), [], Reply('x', Usage(1)))
+    db = sqlite3.connect(tmp_path/'x.db')
+    assert db.execute('PRAGMA application_id').fetchone()[0]
+    db.execute('PRAGMA application_id=0'); db.close()
+    assert CallStore(tmp_path/'x.db').lookup('', 0, ScriptLM([]), []).text == 'x'
+
+@pytest.mark.parametrize('reply', ['{}', 'garbage', 'null', '[]', '3', '{"text": 3, "usage": {}, "stop_reason": "end_turn", "model": "m"}', '{"text": "x", "usage": {"total_calls": "y"}, "stop_reason": "", "model": "m"}',
+    '{"text": "x", "usage": [], "stop_reason": "", "model": "m"}'])
+def test_a_damaged_reply_names_its_store(tmp_path, reply):
+    with CallStore(tmp_path/'c.db') as store:
+        store.record('', 0, ScriptLM([]), [], Reply('x', Usage(1)))
+        store._db.execute('UPDATE calls SET reply=?', [reply])
+        with pytest.raises(TraceError, match='c.db holds a damaged reply'): store.lookup('', 0, ScriptLM([]), [])
+
+def put(o, path, v):
+    *way, last = path
+    for k in way: o = o[k]
+    if v is KeyError: del o[last]
+    else: o[last] = v
+
+BLOCK = 'code_blocks', 0
+@pytest.mark.parametrize('path, v, says', [((*BLOCK, 'code'), 3, 'code_blocks 1: code'), (('prompt',), 3, 'prompt'), (('prompt', 0), None, 'prompt 1'), (('prompt', 0, 'content'), KeyError, 'content'),
+    (('response',), None, 'response'), ((*BLOCK, 'result', 'stdout'), 3, 'stdout'), ((*BLOCK, 'result', 'rlm_calls'), {}, 'rlm_calls'), ((*BLOCK, 'result', 'rlm_calls', 0), 3, 'rlm_calls 1'),
+    ((*BLOCK, 'result', 'rlm_calls', 0, 'response'), [], 'response'), ((*BLOCK, 'result', 'locals'), [], 'locals'), (('usage',), 3, 'usage'), (('usage',), dict(model_usage_summaries=dict(m=dict(total_calls='x'))), 'total_calls'),
+    (('iteration',), 'x', 'iteration'), ((*BLOCK, 'lang'), 3, 'lang'), ((*BLOCK, 'result', 'notes'), 3, 'notes'), ((*BLOCK, 'result', 'rlm_calls', 0, 'metadata'), dict(iterations=[None]), 'iterations 1')])
+def test_damaged_contents_are_named(tmp_path, path, v, says):
+    lines = raw(DATA/'ours.jsonl')
+    put(lines[3], path, v)
+    (tmp_path/'x.jsonl').write_text(''.join(json.dumps(o) + '\n' for o in lines))
+    with pytest.raises(TraceError, match=f'x.jsonl is no log of a run: line 4.*{says}'): load_run(tmp_path/'x.jsonl')
+    with pytest.raises(TraceError, match=says): load_run(dict(run_metadata=None, iterations=lines[1:-1]))
+
+@pytest.mark.parametrize('run, says', [(dict(run_metadata=None, iterations=[None]), 'iterations 1'), (dict(run_metadata=[], iterations=[]), 'run_metadata'), (dict(run_metadata=dict(limits=3), iterations=[]), 'limits'), (dict(iterations=3), 'iterations')])
+def test_damaged_trajectories_are_named(run, says):
+    with pytest.raises(TraceError, match=says): load_run(run)
 
 # Going back
 

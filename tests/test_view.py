@@ -207,7 +207,7 @@ def test_hostile_logs_are_text(show):
     page.fill('#q', '<img src=x onerror=window.pwned=1>'); page.keyboard.press('Enter')
 
 def test_numbers_that_are_none(show):
-    usage = dict(model_usage_summaries=dict(m=dict(total_calls=1, total_input_tokens=float('nan'), total_output_tokens='<b>', total_cost=float('inf'))))
+    usage = dict(model_usage_summaries=dict(m=dict(total_calls=1, total_input_tokens=float('nan'), total_output_tokens=float('-inf'), total_cost=float('inf'))))
     call = dict(root_model='m', prompt='p', response='r', usage_summary=usage, execution_time=float('nan'))
     its = [dict(response='x', prompt='', iteration_time=o, code_blocks=[dict(code='c', result=dict(rlm_calls=[call]))]) for o in (float('nan'), float('inf'), 10**400, '1', [1])]
     page = show(run_html(json.loads(json.dumps(dict(run_metadata=dict(seconds=float('nan')), iterations=its)))))
