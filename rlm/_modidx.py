@@ -4,6 +4,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
   'syms': { 'rlm.cli': { 'rlm.cli.ContextError': ('cli.html#contexterror', 'rlm/cli.py'),
                          'rlm.cli._as_json': ('cli.html#_as_json', 'rlm/cli.py'),
                          'rlm.cli._asked': ('cli.html#_asked', 'rlm/cli.py'),
+                         'rlm.cli._chosen': ('cli.html#_chosen', 'rlm/cli.py'),
                          'rlm.cli._limit': ('cli.html#_limit', 'rlm/cli.py'),
                          'rlm.cli._pdf_text': ('cli.html#_pdf_text', 'rlm/cli.py'),
                          'rlm.cli._short': ('cli.html#_short', 'rlm/cli.py'),

@@ -189,21 +189,23 @@ COMMANDS = dict( # Name -> (module, its parser, its function, help)
     replay=('cli', 'replay_parser', 'replay_command', 'run the code of a log again, and compare'),
     image=('image', 'image_parser', 'image_command', 'make images for virtual machines'))
 
-def main(
-    argv:list|None=None, # Arguments; those of the process if None
-)->int: # Exit code: 0 with an answer, 1 without, 2 for a wrong command line, 130 after Ctrl-C
-    "The `rlm` command."
-    from rlm.lm import RLMError
-    argv = sys.argv[1:] if argv is None else argv
+def _chosen(argv): # (function, its parsed arguments)
     top = argparse.ArgumentParser('rlm', description='Recursive language models: answers about contexts of any size.',
         epilog='`rlm COMMAND -h` explains a command.')
     top.add_argument('--version', action='version', version=f'rlm {__version__}')
     top.add_argument('command', choices=COMMANDS, help='; '.join(f'{k}: {v[-1]}' for k,v in COMMANDS.items()))
     module, parser, run, _ = COMMANDS[top.parse_args(argv[:1]).command]
+    module = importlib.import_module(f'rlm.{module}')
+    return getattr(module, run), getattr(module, parser)().parse_intermixed_args(argv[1:]) # Options may stand between the question and the files
+
+def main(
+    argv:list|None=None, # Arguments; those of the process if None
+)->int: # Exit code: 0 with an answer, 1 without, 2 for a wrong command line, 130 after Ctrl-C
+    "The `rlm` command."
+    from rlm.lm import RLMError
+    run, args = _chosen(sys.argv[1:] if argv is None else argv)
     try:
-        module = importlib.import_module(f'rlm.{module}')
-        args = getattr(module, parser)().parse_intermixed_args(argv[1:]) # Options may stand between the question and the files
-        code = getattr(module, run)(args)
+        code = run(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as e:
