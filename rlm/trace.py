@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TraceError', 'LoggedRun', 'load_run', 'context_digest', 'CallStore', 'RunLog', 'resume', 'ReplayedBlock', 'Replay',
-           'replay', 'rewind', 'to_public', 'replay_parser', 'replay_command']
+           'replay', 'rewind', 'to_public']
 
 # %% ../nbs/06_trace.ipynb #a57e4dbc
-import argparse, builtins, gzip, hashlib, json, os, re, secrets, sqlite3, threading, time, weakref
+import builtins, gzip, hashlib, json, os, re, secrets, sqlite3, threading, time, warnings, weakref
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -302,6 +302,15 @@ def _is_store(db): # One that is marked as ours, one of before there was a mark,
     (app,), columns = db.execute('PRAGMA application_id').fetchone(), [o[1] for o in db.execute('PRAGMA table_info(calls)')]
     return app == _APP or columns == ['request', 'scope', 'n', 'model', 'reply', 'time'] or not (app or db.execute('SELECT 1 FROM sqlite_master').fetchone())
 
+def _to_wal(db): # Where several begin at a time, SQLite refuses this to some without waiting
+    db.execute('PRAGMA synchronous=NORMAL')
+    end = time.monotonic() + 60
+    while True:
+        try: return db.execute('PRAGMA journal_mode=WAL')
+        except sqlite3.OperationalError as e:
+            if e.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end: raise
+        time.sleep(.01)
+
 class CallStore:
     "The replies to all calls that were ever paid for, in a SQLite file."
     def __init__(self,
@@ -314,10 +323,12 @@ class CallStore:
     def _connect(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-        if not _is_store(self._db):
-            self._db.close(); self._db = None
-            raise TraceError(f'{self.path} is the database of another program, and is left as it is; name another file')
-        for o in ('PRAGMA journal_mode=WAL', 'PRAGMA synchronous=NORMAL', f'PRAGMA application_id={_APP}', _schema): self._db.execute(o)
+        self._db.execute('BEGIN IMMEDIATE') # Many may make the same store at a time
+        good = _is_store(self._db)
+        for o in [f'PRAGMA application_id={_APP}', _schema, 'COMMIT'] if good else ['ROLLBACK']: self._db.execute(o)
+        if good: return _to_wal(self._db)
+        self._db.close(); self._db = None
+        raise TraceError(f'{self.path} is the database of another program, and is left as it is; name another file')
     def _run(self, sql, *args): # The rows of a statement
         try:
             if self._db is None: self._connect()
@@ -407,7 +418,7 @@ class _File: # A log that is being written
         self.f.seek(max(end - 1, 0))
         if self.f.read(1) not in (b'', b'\n'): self.f.write(b'\n')
     def write(self, d):
-        if self.f is None: return # A forked child of the process that writes
+        if self.f is None: return # It could not be written, or this is a forked child of the process that writes
         data = memoryview(_encode(d))
         while data: data = data[self.f.write(data):]
     def close(self):
@@ -464,8 +475,19 @@ class _Writer: # What one run and those below it write with
             if keep_context: self.info['context']['file'] = _keep_context(path.parent, e.data['context'], self.info['context']['sha256'])
         except BaseException: self.close(); raise
         if parent: self.info['parent'] = parent
-        self.file.write(self._about())
+        self._begin(end)
         if run or engine.store: engine.store = self.store = _LogStore(run, engine.store, engine.store is not engine.cfg.store)
+    def _begin(self, end): # Before anything is paid: a run whose log cannot be written does not start
+        try: self.file.write(self._about())
+        except OSError as e:
+            self.file.f.truncate(end)
+            self.close()
+            raise TraceError(f'{self.path} cannot be written ({e.strerror}); name another file') from e
+    def _write(self, d, where): # Later the run goes on without its log
+        try: self.file.write(d)
+        except OSError as e:
+            self.close()
+            warnings.warn(f'{self.path} is incomplete from {where} on: {e.strerror}')
     def _about(self): return dict(type='metadata') | self.meta.to_dict() | self.info
     def _continue(self): # The file holds a run already: it must be this one, and unfinished
         run = load_run(self.path)
@@ -491,7 +513,7 @@ class _Writer: # What one run and those below it write with
             was, line = self.old[number - 1]
             if cut or not line['cut'] and _gist(was) == _gist(it): return
             self.old = self.old[:number - 1] # From here on it goes another way
-        self.file.write(self._line('', number, it) | (dict(cut=True) if cut else {}))
+        self._write(self._line('', number, it) | (dict(cut=True) if cut else {}), f'turn {number}')
     def _child(self, e): # Its whole trajectory goes into the call that it answers
         if e.phase == 'start': self.below[e.run] = e.data['engine'].call, _describe(e.data['engine'], e.data['query'], e.data['context']); return
         call, (meta, info) = self.below.pop(e.run)
@@ -501,7 +523,7 @@ class _Writer: # What one run and those below it write with
         for i in range(self.number, len(res.iterations)): self._turn(i + 1, res.iterations[i], cut=True)
         total = self.spent + res.usage
         if self.store and not self.ended: total += self.store.usage()
-        self.file.write(self._about() | _outcome(res) | dict(usage=total.to_dict(), cost=total.total_cost))
+        self._write(self._about() | _outcome(res) | dict(usage=total.to_dict(), cost=total.total_cost), 'its closing line')
         self.close()
     number, store, ended = 0, None, False # Number of the last turn that came; what answers from log and store; did the log have an end, with all that was paid
     def close(self): self.file.close()
@@ -689,6 +711,14 @@ class _Past(_LogStore): # The first turns of a run, whatever leads up to them, a
         turn = not scope and msgs[0]['role'] == 'system'
         return self.turns.pop(0) if turn and self.turns else super().lookup(scope, n, lm, msgs)
 
+def _check_changes(run, k, code, changes): # What `rewind` is given
+    if type(k) is not int: raise TraceError(f'`k` must be an int, not a {type(k).__name__}')
+    if not 1 <= k <= len(run.iterations): raise TraceError(f'there is no turn {k} to go back to; the run has {len(run.iterations)}')
+    if isinstance(code, dict): good = all(type(i) is int and isinstance(o, str) for i, o in code.items())
+    else: good = code is None or isinstance(code, str)
+    if not good: raise TraceError(f'`code` must be a str, or a dict from the number of a block to a str, not {head_tail(repr(code), 60)}')
+    if not (changes is None or isinstance(changes, dict)): raise TraceError(f'`changes` must be a dict of variables, not a {type(changes).__name__}')
+
 def _with_code(text, code, protocol): # A reply with other code in some of its blocks
     for i, f in reversed(list(enumerate(runnable(text, protocol.langs, protocol.fallback), 1))):
         if i not in code: continue
@@ -735,7 +765,7 @@ def rewind(
 )->RLMResult:
     "Take a run up to turn `k`, change something, and go on from there."
     run = load_run(run)
-    if not 1 <= k <= len(run.iterations): raise TraceError(f'there is no turn {k} to go back to; the run has {len(run.iterations)}')
+    _check_changes(run, k, code, changes)
     query = options.pop('query', None) or run.info.get('query')
     if not query: raise TraceError('the log does not say what was asked: pass `query`')
     context, options = _context_of(run, context, ns), _branch_off(run, k, code, dict(options, model=model))
@@ -761,25 +791,3 @@ def to_public(
         lines.append(d)
     path.write_bytes(b''.join(map(_encode, lines)))
     return path
-
-# %% ../nbs/06_trace.ipynb #a22600dd
-def replay_parser()->argparse.ArgumentParser:
-    "Arguments of `rlm replay`."
-    p = argparse.ArgumentParser('rlm replay', description='Run the code of a recorded run again, with the recorded replies to its sub-calls, and compare. The code runs with your rights.')
-    p.add_argument('log', metavar='LOG', help='a .jsonl or .jsonl.gz file, of this library or of the public engine')
-    p.add_argument('--context', metavar='FILE', help='the context: text, or what a .json file holds; default: the copy beside the log')
-    p.add_argument('--rollback', action='store_true', help='undo the assignments of a block that failed, as the public engine did')
-    return p
-
-def replay_command(
-    args, # Parsed arguments
-)->int: # Exit code: 0 if all blocks are the same
-    "Replay a log, and print the report."
-    context = None
-    try:
-        if args.context: context = Path(args.context).read_text(encoding='utf-8')
-        if args.context and args.context.endswith('.json'): context = json.loads(context)
-    except (OSError, ValueError) as e: raise TraceError(f'{args.context} cannot be read as the context: {e}') from e
-    report = replay(args.log, context, rollback=args.rollback)
-    print(report)
-    return int(not report.same)

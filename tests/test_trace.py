@@ -219,6 +219,20 @@ def test_processes_share_a_store(tmp_path):
     assert len(CallStore(tmp_path/'c.db')) == 42
     assert sqlite3.connect(tmp_path/'c.db').execute('PRAGMA integrity_check').fetchall() == [('ok',)]
 
+@forks
+def test_many_processes_make_a_store(tmp_path):
+    def use(path, i):
+        with CallStore(path) as store: store.record('', i, ScriptLM([]), [], Reply('x', Usage(1)))
+    for r in range(40):
+        pids, (go, begin) = [], os.pipe()
+        for i in range(8):
+            if (pid := os.fork()) == 0:
+                try: os.close(begin); os.read(go, 1); use(tmp_path/f'{r}.db', i); os._exit(0)
+                finally: os._exit(1)
+            pids.append(pid)
+        os.close(go); os.close(begin) # Now all begin at once
+        assert [os.waitpid(o, 0)[1] for o in pids] == [0] * 8 and len(CallStore(tmp_path/f'{r}.db')) == 8
+
 def test_a_busy_writer_is_waited_for(tmp_path):
     store = CallStore(tmp_path/'c.db')
     db = sqlite3.connect(tmp_path/'c.db', isolation_level=None, check_same_thread=False)
@@ -333,6 +347,33 @@ def test_damaged_contents_are_named(tmp_path, path, v, says):
 def test_damaged_trajectories_are_named(run, says):
     with pytest.raises(TraceError, match=says): load_run(run)
 
+FULL = '''
+import resource, signal, sys, warnings
+from rlm import rlm_run
+asked = []
+def model(msgs):
+    asked.append(1)
+    n = sum(m['role'] == 'assistant' for m in msgs)
+    return f"```repl\\nprint({n} + len(context))\\n```" + 'x' * 9000 if n < 3 else 'FINAL(1)'
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY)) # A file cannot grow further, as on a full disk
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter('always')
+    try: print(rlm_run('Q?', 'text', model=model, log=sys.argv[1]).answer)
+    except ValueError as e: print(type(e).__name__, str(e).partition('cannot')[2])
+print(len(asked), [str(o.message).partition('x.jsonl ')[2] for o in said])
+'''
+
+@posix
+@pytest.mark.parametrize('size, answer, asked, says', [(100, 'TraceError  be written (File too large); name another file', 0, []), (22_000, '1', 4, ['is incomplete from turn 2 on: File too large'])])
+def test_a_full_disk(tmp_path, size, answer, asked, says):
+    log = tmp_path/'x.jsonl'
+    res = script(FULL, str(log), str(size))
+    assert res.stdout == f'{answer}\n{asked} {says}\n', res.stderr
+    if asked: assert load_run(log).stop is None and len(load_run(log).iterations) == 1 # Half a line at its end, which is mended
+    else: assert not log.stat().st_size
+    assert rlm_run('Q?', 'text', model=FnLM(lambda m: 'FINAL(2)', name='model'), log=log).answer == '2'
+
 # Going back
 
 def test_a_branch_of_a_branch(tmp_path):
@@ -361,3 +402,9 @@ def test_the_log_of_a_later_question_names_the_context_that_lies_elsewhere(tmp_p
     with new_ns('process') as ns:
         for i in 'ab': rlm_run('Q?', 'some text' if i == 'a' else None, ns, model=ScriptLM([block('1'), 'FINAL(1)']), log=tmp_path/f'{i}.jsonl')
     assert load_run(tmp_path/'b.jsonl').info['context'] == dict(type='str', length=9, sha256=context_digest('some text'))
+
+@pytest.mark.parametrize('kw, says', [(dict(k='2'), '`k` must be an int'), (dict(k=True), '`k` must be an int'), (dict(k=1.), '`k` must be an int'), (dict(k=1, code=3), '`code` must be'), (dict(k=1, code={'1': 'x'}), '`code` must be'),
+    (dict(k=1, code={1: 2}), '`code` must be'), (dict(k=1, changes=[1]), '`changes` must be'), (dict(k=0), 'no turn 0')])
+def test_what_rewind_cannot_take(tmp_path, kw, says):
+    with pytest.raises(TraceError, match=says): rewind(DATA/'ours.jsonl', model=ScriptLM([]), log=tmp_path/'x.jsonl', **kw)
+    assert not list(tmp_path.iterdir())
