@@ -8,6 +8,7 @@ __all__ = ['SessionLost', 'SandboxError', 'Session', 'SessionKeeper', 'RemoteDic
 # %% ../nbs/08_remote.ipynb #65c4ed77
 import contextvars, inspect, itertools, os, threading, time, weakref
 from abc import abstractmethod
+from array import array
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -33,7 +34,8 @@ def _called(f, block, args, kwargs): # On the thread of a call
 
 def _as_reply(res): # What a function of the host returned, as fields of a frame
     failed = {i: describe(o.error) for i,o in enumerate(res) if isinstance(o, SubcallError)} if isinstance(res, list) else {}
-    return dict(value=plain(res, True), failed=failed)
+    try: return dict(value=plain(res, True), failed=failed)
+    except (TypeError, ValueError) as e: raise TypeError(f'the host returned {e}, and only what JSON can hold goes in') from None
 
 # %% ../nbs/08_remote.ipynb #ce594b38
 class Session:
@@ -126,16 +128,16 @@ class Session:
         fut.add_done_callback(lambda fut: self._answer(n, fut))
     def _answer(self, n, fut):
         self.calls.pop(n).close()
-        try: reply = dict(error=describe(e)) if (e := fut.exception()) else _as_reply(fut.result())
-        except (TypeError, ValueError) as e: reply = dict(error=describe(TypeError(f'the host returned {e}, and only what JSON can hold goes in')))
         with suppress(BrokenPipeError): # The session is over, and who waits inside with it
-            try: self.wire.send(dict(reply, op='reply', id=n), cap=self.wire.cap)
-            except TooLarge as e: self.wire.send(dict(error=describe(e), op='reply', id=n))
+            try: self.wire.send(dict(_as_reply(fut.result()), op='reply', id=n), cap=self.wire.cap)
+            except BaseException as e: # Who waits inside hears of it, whatever it was: the function's, or of its result
+                text = describe(e)
+                self.wire.send(dict(error=dict(text, text=head_tail(text['text'], 100_000)), op='reply', id=n))
 
 # %% ../nbs/08_remote.ipynb #bc3ba209
 def _remade(d): # An exception for what went wrong inside, from data that is not trusted
     kind, text, size, cap = (d.get(k) for k in ('type', 'text', 'size', 'cap'))
-    if kind == 'TooLarge' and type(size) is int and type(cap) is int: return TooLarge(size, cap)
+    if kind == 'TooLarge' and type(size) is int and type(cap) is int: return TooLarge(size, cap, 'values' if d.get('unit') == 'values' else 'bytes')
     known = next((o for o in (KeyError, TypeError, ValueError, RuntimeError) if o.__name__ == kind), None)
     return known(str(text).strip("'") if known is KeyError else str(text)) if known else RLMError(f'{kind}: {text}')
 
@@ -190,7 +192,7 @@ class SessionKeeper:
     @contextmanager
     def _honest(self, s): # Around what reads a reply: what makes no sense ends the session
         try: yield
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError, FrameError) as e:
             s.end(f'it broke the protocol and was killed ({head_tail(str(e), 200)})')
             raise SessionLost(s.lost) from None
     def _tell(self, op, raw=b'', **head): # A request that a session which is lost need not hear of
@@ -282,7 +284,7 @@ class RemoteNS(RemoteDict):
         mine = {k: v for k,v in scaffold.bound.items() if k not in _own}
         functions = {k: v for k,v in mine.items() if callable(v)}
         try: values = {k: plain(v) for k,v in mine.items() if k not in functions}
-        except TypeError as e: raise TypeError(f'a tool is or holds {e}: only functions and what JSON can hold can be given to this namespace') from None
+        except (TypeError, ValueError) as e: raise TypeError(f'a tool is or holds {e}: only functions and what JSON can hold can be given to this namespace') from None
         about = {k: (_signature(v), inspect.getdoc(v) or '') for k,v in functions.items()}
         self._ask('bind', functions=about, values=values, final_name=scaffold.final_name, keep_answer=scaffold.keep_answer)
         self.functions = functions # Not before: a new session has had the old ones bound first
@@ -316,10 +318,13 @@ class RemoteNS(RemoteDict):
         name:str='context', # Its variable
     )->QueryMetadata:
         "As `repl.context_metadata`: measured inside."
-        d, m = self._value('metadata', dict, name=name), QueryMetadata(None)
+        (head, raw), m = self._ask('metadata', name=name), QueryMetadata(None)
         with self._honest(self._session):
-            m.context_type, m.context_lengths = str(d['type'])[:100], [int(o) for o in d['lengths']]
-            m.context_total_length = sum(m.context_lengths)
+            code = head['value']['code']
+            if code not in ('B', 'H', 'I', 'Q'): raise ValueError('odd lengths')
+            ls = array(code, raw)
+            m.context_type, m.context_lengths = str(head['value']['type'])[:100], ls if len(ls) > 2_000_000 else ls.tolist() # As a list they would be much larger
+            m.context_total_length = sum(ls)
         return m
     def exec_code(self,
         code:str, # As for `repl.exec_code`, and so the rest

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, strategies as st
 from common import HANG, block, environment, forks, in_child, posix, script, tree, until
 from kinds import new_ns
-from rlm import ANSWER, ScriptLM, exec_code, rlm_run
+from rlm import ANSWER, PAPER, ScriptLM, exec_code, rlm_run
 from rlm._worker import FrameError, TooLarge, Wire, decode, encode, parse, plain
 from rlm.repl import BlockTimeout, CodeThread
 import rlm.sandbox as sandbox
@@ -107,6 +107,55 @@ def test_what_does_not_come_out(ns):
         with pytest.raises(TypeError, match="'v' is or holds a"): ns['v'] = o
     with pytest.raises(TypeError): ns[3] = 'x'
     assert out('print(t)', ns) == '(1, 2)\n'
+
+def test_an_honest_value_over_a_limit_costs_no_session(each):
+    out('kept, huge, many, deep = 1, 10**5000, [0] * 2_100_000, []\nfor i in range(98): deep = [deep]', each)
+    for name, error, words in (('huge', TypeError, "'huge' is or holds an int of more than 4,300 digits"), ('deep', TypeError, "'deep' .* nested too deep"),
+            ('many', TooLarge, '2,100,000 values are more than the 2,000,000')):
+        with pytest.raises(error, match=words): each[name]
+        assert each['kept'] == 1
+    for o in (10**5000, [{'a': -10**5000}]):
+        with pytest.raises(TypeError, match="'v' is or holds an int of more than 4,300 digits"): each['v'] = o
+    each['v'] = most = [10**4299, -2.5]
+    assert each['v'] == most
+    out('import sys\nsys.set_int_max_str_digits(0)', each)
+    with pytest.raises(TypeError, match='4,300 digits'): each['huge']
+    out('sys.set_int_max_str_digits(640)\nhuge = 10**1000', each)
+    with pytest.raises(TypeError, match='640 digits'): each['huge']
+    assert each['kept'] == 1
+
+@pytest.mark.parametrize('make', ['[0] * 2_100_000', '[10**5000]', '[{}] * 1_000_001'])
+def test_an_answer_over_a_limit_is_its_text(ns, make):
+    code = f'import sys\nsys.set_int_max_str_digits(0)\nkept, big = 1, {make}'
+    res = rlm_run('q', 'c', ns, ScriptLM([block(code), "FINAL_VAR(big)"]), protocol=PAPER)
+    assert res.stop == 'answer' and len(res.answer) > 5000 and res.value == res.answer and ns['kept'] == 1
+
+def test_an_argument_over_a_limit():
+    with Sandbox('process', host_methods=dict(f=len)) as ns:
+        assert 'TooLarge: 2,10' in exec_code('kept = 1\nhost_call("f", [0] * 2_100_000)', ns).error and ns['kept'] == 1
+        assert "TypeError: `host_call` cannot be given an int of more than" in exec_code('host_call("f", 10**5000)', ns).error and ns['kept'] == 1
+
+class Unsayable(Exception):
+    def __str__(self): raise ValueError('no text')
+
+def fails(e): raise e
+
+@pytest.mark.parametrize('f, said', [(lambda: 2**20_000, 'TypeError: the host returned an int of more than 4,300 digits'), (lambda: 1j, 'TypeError: the host returned a complex'),
+    (lambda: (1 / 0 for i in 'a'), 'ZeroDivisionError: division by zero'), (lambda: fails(Unsayable()), 'Unsayable: its text could not be made'),
+    (lambda: 'x' * 70_000_000, 'TooLarge: 70,000,0')], ids=range(5))
+def test_whatever_goes_wrong_with_a_reply_reaches_the_caller(ns, f, said):
+    res = rlm_run('q', 'c', ns, ScriptLM([block('f()'), 'FINAL(1)']), tools=dict(f=f))
+    assert said in res.iterations[0].code_blocks[0].result.stderr
+
+def test_what_goes_in_has_no_limit_of_parts(each):
+    lines = ['line'] * 2_100_000
+    res = rlm_run('q', lines, each, ScriptLM([block('print(len(context), context[-1])'), 'FINAL(1)']))
+    assert res.iterations[0].code_blocks[0].result.stdout == '2100000 line\n' and '2,100,000 items with 8,400,000 characters' in str(res.messages)
+    meta = each.context_metadata()
+    assert meta.context_total_length == 8_400_000 and len(meta.context_lengths) == 2_100_000
+    lines[:] = ['a', 'b' * 300, 'c' * 70_000]
+    each.bind_context(lines)
+    assert each.context_metadata().context_lengths == [1, 300, 70_000]
 
 def test_a_mapping(ns):
     ns.update(a=1, b='two', c=[3])
