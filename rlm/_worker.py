@@ -2,7 +2,7 @@
 
 Written by hand, with the standard library alone: this file, `repl.py` and `_rlmpaper_compat.py` are all that has to lie inside. Blocks run on the main
 thread, so that signals end what they wait for; a reader thread takes requests for data and replies to calls meanwhile."""
-import builtins, contextvars, ctypes, itertools, json, os, re, signal, struct, sys, threading
+import builtins, contextvars, ctypes, errno, itertools, json, os, re, signal, struct, sys, threading
 from array import array
 from queue import SimpleQueue
 from . import repl
@@ -276,6 +276,26 @@ class Worker:
 
 _keyctl = dict(x86_64=250, aarch64=219, riscv64=219, loongarch64=219, i686=288, armv7l=311, ppc64le=271, s390x=280) # Number of that system call
 
+_calls = dict(x86_64=(0xC000003E, (41, 53), (248, 249, 250, 298, 321, 323, 425)), # As audit names the machine; the calls that make sockets; add_key,
+    aarch64=(0xC00000B7, (198, 199), (217, 218, 219, 241, 280, 282, 425))) # request_key, keyctl, perf_event_open, bpf, userfaultfd and io_uring_setup
+
+def call_filter(arch, sockets, refused):
+    "A seccomp program: sockets of few families, none of the calls in `refused`, and nothing by the way of another machine's calls."
+    allow, no, no_family, load, ret = 0x7FFF0000, 0x50000 + errno.EPERM, 0x50000 + errno.EAFNOSUPPORT, 0x20, 0x06
+    when = lambda n, res, op=0x15: [(op, 0, 1, n), (ret, 0, 0, res)] # Equal; 0x35 is not below
+    unless = lambda n, res: [(0x15, 1, 0, n), (ret, 0, 0, res)]
+    steps = [(load, 0, 0, 4), *unless(arch, no), (load, 0, 0, 0), *when(1 << 30, no, 0x35), *(o for n in refused for o in when(n, no))]
+    steps += [(0x15, 2, 0, sockets[0]), (0x15, 1, 0, sockets[1]), (ret, 0, 0, allow), (load, 0, 0, 16)] # The family
+    steps += [o for n in (1, 2, 10) for o in when(n, allow)] + unless(16, no_family) # UNIX, INET, INET6; NETLINK
+    steps += [(load, 0, 0, 32), *unless(0, no_family), (ret, 0, 0, allow)] # Of netlink only what lists the interfaces
+    return b''.join(struct.pack('=HBBI', *o) for o in steps)
+
+def refuse_calls():
+    "Take from this process, for good, the system calls that reach past namespaces."
+    data = call_filter(*_calls[os.uname().machine])
+    code = ctypes.create_string_buffer(data, len(data))
+    if ctypes.CDLL(None).prctl(22, 2, struct.pack('HP', len(data) // 8, ctypes.addressof(code)), 0, 0): raise OSError('the kernel takes no filter of system calls')
+
 def confine(limits):
     "Give up what this process will not need: it dies with its parent, gains no rights, has none of the caller's keys, and has `limits` (name -> number)."
     if sys.platform == 'linux':
@@ -296,9 +316,10 @@ def serve(rfd, wfd, cap):
     Worker(Wire(rfd, wfd), cap).run()
 
 def main():
-    "Be a session over stdin and stdout; `argv` has a JSON dict: `cap` in bytes, `limits`, and the parent's `pid` where it can be seen."
+    "Be a session over stdin and stdout; `argv` has a JSON dict: `cap` in bytes, `limits`, `calls` if some are to be refused, and the parent's `pid` where it can be seen."
     cfg = json.loads(sys.argv.pop())
     confine(cfg['limits'])
+    if cfg.get('calls'): refuse_calls()
     if cfg.get('pid', os.getppid()) != os.getppid(): _stop(0) # It died before it could be watched
     rfd, wfd, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2): os.dup2(null, fd)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from . import repl
-from ._worker import Wire
+from ._worker import Wire, _calls
 from .remote import RemoteNS, SandboxError
 from .repl import CodeThread
 
@@ -198,7 +198,7 @@ def _open_bwrap(box): # A worker under bubblewrap
     ours = [(f'{_home}/{o}', f'/rlm/rlm/{o}') for o in _files]
     places, memory = group_places(), box.memory * 2**20
     limits = dict(CORE=0) | ({} if places else dict(DATA=memory, NPROC=box.processes))
-    argv = _locked(box, ours) + _command(_python(box.venv), '/rlm', box.cap, limits=limits)
+    argv = _locked(box, ours) + _command(_python(box.venv), '/rlm', box.cap, limits=limits, calls=os.uname().machine in _calls)
     if not places: return ProcessLink(argv, _environment(), box.cap)
     group = Group(places, memory, box.processes + 6) # The shell's and bubblewrap's own
     try: return ProcessLink(group.command(argv), _environment(), box.cap, group.remove)

@@ -1,11 +1,11 @@
 """The namespace in a process: its border, its end, and what it leaves behind."""
-import gc, json, os, shutil, signal, subprocess, sys, threading, time
+import gc, json, os, shutil, signal, subprocess, sys, textwrap, threading, time
 import pytest
 from hypothesis import given, strategies as st
 from common import HANG, block, environment, forks, in_child, posix, script, tree, until
 from kinds import new_ns
 from rlm import ANSWER, PAPER, ScriptLM, exec_code, rlm_run
-from rlm._worker import FrameError, TooLarge, Wire, decode, encode, parse, plain
+from rlm._worker import FrameError, TooLarge, Wire, _calls, decode, encode, parse, plain
 from rlm.repl import BlockTimeout, CodeThread
 import rlm.sandbox as sandbox
 from rlm.sandbox import Sandbox, SandboxError
@@ -477,3 +477,27 @@ def test_two_blocks_at_once_are_refused(ns):
     until(lambda: ns._session.job)
     with pytest.raises(RuntimeError, match='running in this namespace already'): exec_code('1', ns)
     ns.interrupt(); t.join(HANG)
+
+# Calls that go past namespaces
+
+@bwrap
+@pytest.mark.skipif(os.uname().machine not in _calls, reason='the filter does not know this processor')
+def test_refused_calls():
+    look = '''
+        import ctypes, socket, subprocess
+        def errno(*args):
+            ctypes.set_errno(0)
+            return libc.syscall(*args) and ctypes.get_errno()
+        libc = ctypes.CDLL(None, use_errno=True)
+        print([errno(o, 0, 0, 0, 0, 0) for o in refused] == [1] * len(refused), errno(1 << 30 | 41, 1, 1, 0))
+        print([errno(makes, o, 3, 0) for makes in sockets for o in (40, 17, 38)], errno(sockets[0], 16, 3, 9))
+        print([socket.socket(o).close() for o in (1, 2, 10)], len(socket.socketpair()), socket.if_nameindex()[0][1])
+        print(subprocess.run(['python3', '-c', 'import socket; socket.socket(40)'], capture_output=True, text=True).stderr[-41:])'''
+    with Sandbox() as ns:
+        _, ns['sockets'], ns['refused'] = [list(o) if isinstance(o, tuple) else o for o in _calls[os.uname().machine]]
+        assert out(textwrap.dedent(look), ns) == '''True 1
+[97, 97, 97, 97, 97, 97] 97
+[None, None, None] 2 lo
+Address family not supported by protocol
+
+'''
