@@ -6,6 +6,8 @@ from common import HANG, block, environment, forks, in_child, posix, script, tre
 from kinds import new_ns
 from rlm import ANSWER, PAPER, ScriptLM, exec_code, rlm_run
 from rlm._worker import FrameError, TooLarge, Wire, _calls, decode, encode, parse, plain
+from rlm.lm import RLMError
+from rlm.remote import NamespaceClosed
 from rlm.repl import BlockTimeout, CodeThread
 import rlm.sandbox as sandbox
 from rlm.sandbox import Sandbox, SandboxError
@@ -501,3 +503,31 @@ def test_refused_calls():
 Address family not supported by protocol
 
 '''
+
+# Options
+
+BAD = [(dict(memory='1G'), TypeError, "`memory` must be a whole number, not '1G'"), (dict(disk='a'), TypeError, '`disk`'), (dict(memory=-5), ValueError, '`memory` must be from 1'),
+    (dict(max_value='x'), TypeError, '`max_value`'), (dict(processes=0), ValueError, '`processes`'), (dict(max_value=0), ValueError, '`max_value`'), (dict(memory=True), TypeError, '`memory`'),
+    (dict(disk=10**30), ValueError, '`disk`'), (dict(host_methods={'x': 3}), TypeError, "by name, but 'x' is 3"), (dict(host_methods=[len]), TypeError, '`host_methods` must be a dict'),
+    (dict(kind=['bwrap']), ValueError, 'there is no kind')]
+
+@pytest.mark.parametrize('options, error, words', BAD, ids=lambda o: str(o) if isinstance(o, dict) else '')
+def test_bad_options_are_refused_at_the_start(options, error, words):
+    with pytest.raises(error, match=words): Sandbox(**dict(dict(kind='process'), **options))
+
+def test_closed():
+    ns = Sandbox('process'); ns.close()
+    for f in (lambda: ns['x'], lambda: exec_code('1', ns), lambda: ns.bind_context('c')):
+        with pytest.raises(RLMError, match='this namespace is closed') as e: f()
+        assert isinstance(e.value, RuntimeError) and isinstance(e.value, NamespaceClosed)
+
+@pytest.mark.skipif(not shutil.which('runsc'), reason='runsc is not installed')
+def test_gvisor_takes_away_what_a_killed_host_left(tmp_path, monkeypatch):
+    if os.geteuid() or not sandbox.group_places(): pytest.skip('gVisor needs root and control groups')
+    code = "import os, signal, rlm.sandbox as s\nns = s.Sandbox('gvisor')\nos.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, '-c', code], env=environment() | dict(TMPDIR=str(tmp_path)))
+    (tmp_path/'rlm-my-work').mkdir(); (tmp_path/'rlm-gvisor-notes-1').mkdir()
+    monkeypatch.setattr(sandbox.tempfile, 'tempdir', str(tmp_path))
+    assert len(os.listdir(tmp_path)) == 3
+    with Sandbox('gvisor') as ns, Sandbox('gvisor') as other: assert len(os.listdir(tmp_path)) == 4 and out('print(1)', ns) == out('print(1)', other) == '1\n'
+    assert sorted(os.listdir(tmp_path)) == ['rlm-gvisor-notes-1', 'rlm-my-work']
