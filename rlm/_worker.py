@@ -22,10 +22,10 @@ class TooLarge(ValueError):
         self.size, self.cap, self.unit = size, cap, unit
         super().__init__(f'{size:,} {unit} are more than the {cap:,} that may cross the border; take a part of it')
 
-def measure(data):
+def measure(data, most=_parts):
     "JSON without its strings, or TooLarge where it has more values than the host takes."
     bare = _strings.sub(b'', data)
-    if (n := sum(map(bare.count, (b',', b'[', b'{')))) > _parts: raise TooLarge(n, _parts, 'values')
+    if (n := sum(map(bare.count, (b',', b'[', b'{')))) > most: raise TooLarge(n, most, 'values')
     return bare
 
 def parse(data):
@@ -219,9 +219,8 @@ class Worker:
         text = str(answer)
         try:
             value = plain(answer.value, True)
-            same = isinstance(value, str) and value == text
-            if same: return dict(text=text), notes
-            measure(data := dumps(value))
+            if isinstance(value, str) and value == text: return dict(text=text), notes
+            measure(data := dumps(value), _parts - 1000) # The rest of the frame has some too
             if len(data) <= self.cap // 4: return dict(text=text, value=value), notes
         except (TypeError, ValueError): pass # Its text stands for it
         return dict(text=text), notes

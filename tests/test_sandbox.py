@@ -126,7 +126,7 @@ def test_an_honest_value_over_a_limit_costs_no_session(each):
     with pytest.raises(TypeError, match='640 digits'): each['huge']
     assert each['kept'] == 1
 
-@pytest.mark.parametrize('make', ['[0] * 2_100_000', '[10**5000]', '[{}] * 1_000_001'])
+@pytest.mark.parametrize('make', ['[0] * 2_100_000', '[10**5000]', '[{}] * 1_000_001', '[0] * 1_999_995', '["x" * 16_000_000, ""] + ["é"] * 100_000'])
 def test_an_answer_over_a_limit_is_its_text(ns, make):
     code = f'import sys\nsys.set_int_max_str_digits(0)\nkept, big = 1, {make}'
     res = rlm_run('q', 'c', ns, ScriptLM([block(code), "FINAL_VAR(big)"]), protocol=PAPER)
