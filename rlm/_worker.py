@@ -2,7 +2,8 @@
 
 Written by hand, with the standard library alone: this file, `repl.py` and `_rlmpaper_compat.py` are all that has to lie inside. Blocks run on the main
 thread, so that signals end what they wait for; a reader thread takes requests for data and replies to calls meanwhile."""
-import builtins, contextvars, ctypes, itertools, json, os, re, signal, struct, sys, threading
+import builtins, contextvars, ctypes, errno, itertools, json, os, re, signal, struct, sys, threading
+from array import array
 from queue import SimpleQueue
 from . import repl
 from ._rlmpaper_compat import type_name
@@ -10,22 +11,27 @@ from .repl import Block, Scaffold, outside_block
 
 _sizes = struct.Struct('!II') # Bytes of JSON, bytes of payload
 _strings = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.S) # Never backtracks; an open string goes to the end
-_depth, _parts = 100, 2_000_000 # Most levels and most values of what is accepted
+_depth, _parts, _bits = 100, 2_000_000, 14_284 # Most levels and values of what the host accepts, and bits of an int: 4,300 digits, as Python reads at most
 _stop = os._exit # Code may put anything in its place
 
 class FrameError(Exception): "What came is no frame, or a larger one than is allowed."
 
 class TooLarge(ValueError):
-    "A value is larger than may cross the border: `size` and `cap`, in bytes."
-    def __init__(self, size, cap):
-        self.size, self.cap = size, cap
-        super().__init__(f'{size:,} bytes are more than the {cap:,} that may cross the border; take a part of it')
+    "A value is larger than may cross the border: `size` and `cap`, in `unit`."
+    def __init__(self, size, cap, unit='bytes'):
+        self.size, self.cap, self.unit = size, cap, unit
+        super().__init__(f'{size:,} {unit} are more than the {cap:,} that may cross the border; take a part of it')
 
-def parse(data, parts=_parts):
-    "JSON from a side that is not trusted: few levels, few values, so that a small text cannot become a huge object."
+def measure(data, most=_parts):
+    "JSON without its strings, or TooLarge where it has more values than the host takes."
     bare = _strings.sub(b'', data)
-    if sum(map(bare.count, (b',', b'[', b'{'))) > parts: raise FrameError('a frame of too many parts')
-    bare = re.sub(rb'[^][{}]+', b'', bare)
+    if (n := sum(map(bare.count, (b',', b'[', b'{')))) > most: raise TooLarge(n, most, 'values')
+    return bare
+
+def parse(data):
+    "JSON from a side that is not trusted: few levels, few values, so that a small text cannot become a huge object."
+    try: bare = re.sub(rb'[^][{}]+', b'', measure(data))
+    except TooLarge: raise FrameError('a frame of too many parts') from None
     for _ in range(_depth): bare = bare.replace(b'[]', b'').replace(b'{}', b'')
     if bare: raise FrameError('a frame that is nested too deep')
     try: return json.loads(data)
@@ -33,12 +39,13 @@ def parse(data, parts=_parts):
 
 class Wire:
     "Frames over two file descriptors. Sending only queues: a thread of its own writes, so that no interrupt cuts a frame in two."
-    def __init__(self, rfd, wfd, cap=None): # The two are its own from here on, and not the same one
+    def __init__(self, rfd, wfd, cap=None): # The two are its own from here on, and not the same one; who has a `cap` does not trust the other side
         self.rfd, self.wfd, self.cap, self.out, self.dead, self.size = rfd, wfd, cap, SimpleQueue(), False, 0 # `size`, in bytes, is of the newest frame
         with outside_block(): threading.Thread(target=self._write, daemon=True, name='rlm-wire').start()
     def send(self, head, raw=b'', cap=None):
-        "Queue one frame; TooLarge where it is over `cap` or what the header can say."
-        data = json.dumps(head, separators=(',', ':')).encode()
+        "Queue one frame; TooLarge where it is over `cap`, what the header can say, or what a host takes."
+        data = dumps(head)
+        if not self.cap: measure(data)
         n, most = max(len(data), len(raw)), min(cap or 2**32 - 1, 2**32 - 1)
         if n > most: raise TooLarge(n, most)
         if self.dead: raise BrokenPipeError('the other side is gone')
@@ -70,13 +77,16 @@ class Wire:
         if not isinstance(head, dict): raise FrameError('a frame without a header')
         return head, raw
 
-def plain(o, loose=False, depth=_depth):
-    "A copy of `o` as JSON-like data; TypeError where it is something else. `loose` makes lists of tuples, sets and iterators."
+def dumps(o): return json.dumps(o, separators=(',', ':')).encode()
+
+def plain(o, loose=False, depth=_depth - 5): # Some levels are the frame's
+    "A copy of `o` as JSON-like data; TypeError or ValueError where it is something else. `loose` makes lists of tuples, sets and iterators."
     t = type(o)
-    if o is None or t in (bool, str, int, float): return o
+    if o is None or t in (bool, str, float): return o
+    if issubclass(t, int) and int.bit_length(o) > _bits: raise ValueError('an int of more than 4,300 digits')
     for base in (str, int, float):
         if issubclass(t, base): return base.__str__(o) if base is str else base.__pos__(o)
-    if not depth: raise ValueError('it is nested too deep')
+    if not depth: raise ValueError('something that is nested too deep')
     if issubclass(t, dict):
         if odd := next((k for k in dict.keys(o) if not isinstance(k, str)), None): raise TypeError(f'a dict with a key of type {type_name(type(odd))}')
         return {str.__str__(k): plain(v, loose, depth - 1) for k, v in dict.items(o)}
@@ -85,18 +95,18 @@ def plain(o, loose=False, depth=_depth):
     raise TypeError(f'a {type_name(t)}')
 
 def encode(o, name='it'):
-    "A value for a frame: (fields of the header, payload). str and bytes go raw, the rest as JSON-like data."
+    "A value for a frame: (fields of the header, payload). str and bytes go raw, the rest as JSON."
     if isinstance(o, str): return dict(kind='str'), str.encode(o, 'utf-8', 'surrogatepass')
     if isinstance(o, (bytes, bytearray)): return dict(kind=type(o).__mro__[-2].__name__), bytes(o)
-    try: return dict(kind='data', value=plain(o)), b''
+    try: return dict(kind='data'), dumps(plain(o))
     except (TypeError, ValueError) as e:
         raise TypeError(f'{name!r} is or holds {e}: only str, bytes and what JSON can hold crosses the border; take its repr') from None
 
-def decode(head, raw):
-    "What `encode` encoded."
+def decode(head, raw, loads=parse):
+    "What `encode` encoded. `loads` is for JSON."
     kind = head.get('kind')
     if kind == 'str': return raw.decode('utf-8', 'surrogatepass')
-    if kind == 'data': return head.get('value')
+    if kind == 'data': return loads(raw)
     return bytearray(raw) if kind == 'bytearray' else raw
 
 class SubcallError(str):
@@ -105,7 +115,9 @@ class SubcallError(str):
 
 def describe(e):
     "An exception as data."
-    return dict(type=type_name(type(e)), text=str(e), size=getattr(e, 'size', None), cap=getattr(e, 'cap', None))
+    try: text = str(e)
+    except Exception as odd: text = f'its text could not be made ({type_name(type(odd))})' # Its class is anybody's
+    return dict(type=type_name(type(e)), text=text, **(vars(e) if type(e) is TooLarge else {}))
 
 def remake(d):
     "An exception from data that a trusted side sent: a builtin one, or one of that name."
@@ -167,8 +179,8 @@ class Worker:
         try: out, data = getattr(self, f'do_{head["op"]}')(head, raw) or ({}, b'')
         except Exception as e: out, data = dict(error=describe(e)), b''
         try: self.wire.send(dict(out, op='done', id=head['id']), data, self.cap)
-        except TooLarge as e: self.wire.send(dict(error=describe(e), op='done', id=head['id']))
         except BrokenPipeError: _stop(0)
+        except Exception as e: self.wire.send(dict(error=describe(e), op='done', id=head['id']))
 
     # Calls of the host
     def call(self, name, args, kwargs):
@@ -207,8 +219,9 @@ class Worker:
         text = str(answer)
         try:
             value = plain(answer.value, True)
-            same = isinstance(value, str) and value == text
-            if same or len(json.dumps(value)) <= self.cap // 4: return dict(text=text) if same else dict(text=text, value=value), notes
+            if isinstance(value, str) and value == text: return dict(text=text), notes
+            measure(data := dumps(value), _parts - 1000) # The rest of the frame has some too
+            if len(data) <= self.cap // 4: return dict(text=text, value=value), notes
         except (TypeError, ValueError): pass # Its text stands for it
         return dict(text=text), notes
     def guarded(self, f):
@@ -219,15 +232,20 @@ class Worker:
         return out[0]
     def do_metadata(self, head, raw):
         m = self.guarded(lambda: repl.QueryMetadata(self.ns[head['name']]))
-        return dict(value=dict(type=m.context_type, lengths=m.context_lengths)), b''
+        code = next(o for o in 'BHIQ' if max(m.context_lengths, default=0) < 256 ** array(o).itemsize) # There may be millions
+        return dict(value=dict(type=m.context_type, code=code)), array(code, m.context_lengths).tobytes()
     def do_repr(self, head, raw):
         text = self.guarded(lambda: repr(self.ns[head['name']]))
         n = head['chars']
         return dict(value=text if len(text) <= n else f'{text[:n]}... [{len(text) - n:,} characters cut]'), b''
-    def do_get(self, head, raw): return encode(self.ns[head['name']], head['name'])
+    def do_get(self, head, raw):
+        "A value, if the host will take it."
+        res = encode(self.ns[head['name']], head['name'])
+        if res[0]['kind'] == 'data': measure(res[1])
+        return res
     def do_set(self, head, raw):
         "Set one value for some names; `sent` where they are contexts."
-        value = decode(head, raw)
+        value = decode(head, raw, json.loads)
         for name in head['names']: self.ns[name] = value
         if head['sent']: self.sent.update(dict.fromkeys(head['names'], value))
     def do_del(self, head, raw): del self.ns[head['name']]
@@ -237,7 +255,7 @@ class Worker:
     def do_context(self, head, raw):
         "The newest context again, or another."
         name = head['name']
-        old, value = self.sent.get(name), decode(head, raw) if 'kind' in head else None
+        old, value = self.sent.get(name), decode(head, raw, json.loads) if 'kind' in head else None
         if head['same']: # The caller's object is the one that it was, whatever it holds by now
             value = old if value is None else value
             self.ns.update({k: value for k in [k for k, v in self.ns.items() if v is old]})
@@ -248,7 +266,7 @@ class Worker:
         functions = {k: self.proxy(k, *v) for k, v in head['functions'].items()}
         repl.bind(self.ns, Scaffold({**functions, **head['values'], **self.extra}, head['final_name'], head['keep_answer']))
     def do_unbind(self, head, raw): repl.unbind(self.ns)
-    def do_rebind(self, head, raw): repl.rebind(self.ns, head['name'], decode(head, raw))
+    def do_rebind(self, head, raw): repl.rebind(self.ns, head['name'], decode(head, raw, json.loads))
     def do_start(self, head, raw):
         "The first request: what the host offers beside a run."
         if head.get('host_call'):
@@ -256,6 +274,26 @@ class Worker:
             self.ns.update(self.extra)
 
 _keyctl = dict(x86_64=250, aarch64=219, riscv64=219, loongarch64=219, i686=288, armv7l=311, ppc64le=271, s390x=280) # Number of that system call
+
+_calls = dict(x86_64=(0xC000003E, (41, 53), (248, 249, 250, 298, 321, 323, 425)), # As audit names the machine; the calls that make sockets; add_key,
+    aarch64=(0xC00000B7, (198, 199), (217, 218, 219, 241, 280, 282, 425))) # request_key, keyctl, perf_event_open, bpf, userfaultfd and io_uring_setup
+
+def call_filter(arch, sockets, refused):
+    "A seccomp program: sockets of few families, none of the calls in `refused`, and nothing by the way of another machine's calls."
+    allow, no, no_family, load, ret = 0x7FFF0000, 0x50000 + errno.EPERM, 0x50000 + errno.EAFNOSUPPORT, 0x20, 0x06
+    when = lambda n, res, op=0x15: [(op, 0, 1, n), (ret, 0, 0, res)] # Equal; 0x35 is not below
+    unless = lambda n, res: [(0x15, 1, 0, n), (ret, 0, 0, res)]
+    steps = [(load, 0, 0, 4), *unless(arch, no), (load, 0, 0, 0), *when(1 << 30, no, 0x35), *(o for n in refused for o in when(n, no))]
+    steps += [(0x15, 2, 0, sockets[0]), (0x15, 1, 0, sockets[1]), (ret, 0, 0, allow), (load, 0, 0, 16)] # The family
+    steps += [o for n in (1, 2, 10) for o in when(n, allow)] + unless(16, no_family) # UNIX, INET, INET6; NETLINK
+    steps += [(load, 0, 0, 32), *unless(0, no_family), (ret, 0, 0, allow)] # Of netlink only what lists the interfaces
+    return b''.join(struct.pack('=HBBI', *o) for o in steps)
+
+def refuse_calls():
+    "Take from this process, for good, the system calls that reach past namespaces."
+    data = call_filter(*_calls[os.uname().machine])
+    code = ctypes.create_string_buffer(data, len(data))
+    if ctypes.CDLL(None).prctl(22, 2, struct.pack('HP', len(data) // 8, ctypes.addressof(code)), 0, 0): raise OSError('the kernel takes no filter of system calls')
 
 def confine(limits):
     "Give up what this process will not need: it dies with its parent, gains no rights, has none of the caller's keys, and has `limits` (name -> number)."
@@ -277,9 +315,10 @@ def serve(rfd, wfd, cap):
     Worker(Wire(rfd, wfd), cap).run()
 
 def main():
-    "Be a session over stdin and stdout; `argv` has a JSON dict: `cap` in bytes, `limits`, and the parent's `pid` where it can be seen."
+    "Be a session over stdin and stdout; `argv` has a JSON dict: `cap` in bytes, `limits`, `calls` if some are to be refused, and the parent's `pid` where it can be seen."
     cfg = json.loads(sys.argv.pop())
     confine(cfg['limits'])
+    if cfg.get('calls'): refuse_calls()
     if cfg.get('pid', os.getppid()) != os.getppid(): _stop(0) # It died before it could be watched
     rfd, wfd, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2): os.dup2(null, fd)

@@ -37,14 +37,22 @@ def cache_dir(
     res.mkdir(parents=True, exist_ok=True, mode=0o700)
     return res
 
+def _is_at(f, path): # Or has it been taken away?
+    try: return os.path.samestat(os.fstat(f.fileno()), path.stat())
+    except FileNotFoundError: return False
+
 @contextmanager
 def locked(
-    path:Path, # A file, made where it is missing
+    path:Path, # A file, there while somebody has the lock
 ):
     "Hold a lock that other processes and threads wait for, and that ends with this process, however that ends."
-    with open(path, 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    while True:
+        with open(path, 'w') as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            if not _is_at(f, path): continue # Who had it before is done
+            try: yield
+            finally: path.unlink(missing_ok=True)
+            return
 
 # %% ../nbs/08a_image.ipynb #812ff8c0
 PACKAGES = tuple('''python3 ripgrep jq fd-find file tree tar unzip gzip sqlite3 git diffutils poppler-utils findutils coreutils bash grep sed gawk

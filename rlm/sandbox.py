@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from . import repl
-from ._worker import Wire
-from .remote import RemoteNS, SandboxError
+from ._worker import Wire, _calls
+from .remote import RemoteNS, SandboxError, check_numbers
 from .repl import CodeThread
 
 # %% ../nbs/08_sandbox.ipynb #46c5ce30
@@ -135,10 +135,11 @@ class Group:
                     time.sleep(.005)
 
 # %% ../nbs/08_sandbox.ipynb #e3bf4d37
-def _sweep(place): # Groups of processes that were killed before they could remove them
-    for d in Path(place).glob('rlm-*-*'):
-        if not os.path.exists(f'/proc/{d.name.split("-")[1]}'):
-            with suppress(OSError): d.rmdir() # Somebody else did
+def _sweep(place, remove=os.rmdir, start='rlm-'): # Folders of processes that were killed before they could remove them
+    for d in Path(place).glob(f'{start}*-*'):
+        pid = d.name.removeprefix(start).split('-')[0]
+        if pid.isdigit() and not os.path.exists(f'/proc/{pid}'):
+            with suppress(OSError): remove(d) # Somebody else did
 
 def _works(places): # Can a process of ours join a group here?
     try:
@@ -198,7 +199,7 @@ def _open_bwrap(box): # A worker under bubblewrap
     ours = [(f'{_home}/{o}', f'/rlm/rlm/{o}') for o in _files]
     places, memory = group_places(), box.memory * 2**20
     limits = dict(CORE=0) | ({} if places else dict(DATA=memory, NPROC=box.processes))
-    argv = _locked(box, ours) + _command(_python(box.venv), '/rlm', box.cap, limits=limits)
+    argv = _locked(box, ours) + _command(_python(box.venv), '/rlm', box.cap, limits=limits, calls=os.uname().machine in _calls)
     if not places: return ProcessLink(argv, _environment(), box.cap)
     group = Group(places, memory, box.processes + 6) # The shell's and bubblewrap's own
     try: return ProcessLink(group.command(argv), _environment(), box.cap, group.remove)
@@ -220,7 +221,8 @@ def _bundle(box, home): # What runsc wants to know: a folder with our files, and
 def _open_gvisor(box): # A worker under gVisor
     runsc, places = _program('runsc', 'runsc'), group_places()
     if os.geteuid() or not places: raise SandboxError('gVisor is for root here, with control groups; use `bwrap`')
-    home, group = tempfile.mkdtemp(prefix='rlm-'), Group(places, box.memory * 2**20, 2 * box.processes + 100) # Each process inside has more than one outside
+    _sweep(tempfile.gettempdir(), shutil.rmtree, 'rlm-gvisor-')
+    home, group = tempfile.mkdtemp(prefix=f'rlm-gvisor-{os.getpid()}-'), Group(places, box.memory * 2**20, 2 * box.processes + 100) # Each process inside has more than one outside
     def remove(): group.remove(); shutil.rmtree(home)
     try:
         _bundle(box, home)
@@ -248,10 +250,11 @@ class Sandbox(RemoteNS):
         host_methods:Mapping|None=None, # Name -> function that code inside may call as `host_call(name, payload)`
         max_value:int=64, # MB that one value, or one answer, may have on its way out
     ):
+        check_numbers(memory=memory, processes=processes, disk=disk)
         super().__init__(host_methods, max_value)
         self.kind, self.memory, self.processes, self.disk, self.venv = kind, memory, processes, disk, venv and os.path.abspath(venv)
         self._options = dict(memory=memory, processes=processes, disk=disk, venv=self.venv, host_methods=host_methods, max_value=max_value)
-        if kind not in _kinds: raise ValueError(f'there is no kind {kind!r}; there are: {", ".join(_kinds)}')
+        if kind not in list(_kinds): raise ValueError(f'there is no kind {kind!r}; there are: {", ".join(_kinds)}')
         self._live()
     def child(self):
         "Another of this kind, with the same options and nothing in it."

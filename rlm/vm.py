@@ -17,7 +17,7 @@ from . import repl, sandbox
 from ._worker import Wire
 from .image import Image, VMError, cache_dir, cpio, find_image, locked, need_programs
 from .repl import outside_block
-from .remote import RemoteNS
+from .remote import RemoteNS, check_numbers
 
 # %% ../nbs/09_vm.ipynb #ed42a94e
 def guest_files()->dict: # Path -> bytes, or (bytes, mode)
@@ -415,6 +415,8 @@ class VM:
         processes:int=128, # Processes and threads of one session
     ):
         if sys.platform != 'linux': raise VMError('a VM needs Linux; use Sandbox(kind="process"), which is no security boundary, or a machine with Linux')
+        check_numbers(memory=memory, cpus=cpus, session_memory=memory if session_memory is None else session_memory, processes=processes)
+        if memory > (most := os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // MB): raise ValueError(f'`memory` is {memory:,} MB, and this machine has {most:,}')
         image = (image if isinstance(image, Image) else find_image(image)).check()
         self.spec, self.accels = Spec(image, memory, cpus), _accels(accel)
         need_programs({_machines[self.spec.arch][0]: _machines[self.spec.arch][3]}, 'A virtual machine', VMError)

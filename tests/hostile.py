@@ -143,6 +143,7 @@ PROGRAMS = [
     Program('outside network', 'network', 'import socket\nprint([n for i, n in socket.if_nameindex()])\n' + tries(
         '[socket.create_connection((o, H["port"]), 1) for o in H["ips"] or 1/0]', 'socket.create_connection(("1.1.1.1", 443), 1)'), 'kept',
         check=lambda host, ns, other, res: None if res.stdout.strip() == "['lo']" or 'BREACH' in res.stdout else f'interfaces: {res.stdout}'),
+    Program('hypervisor sockets', 'network', 'import socket\n' + tries(*(f'socket.socket({o})' for o in (40, 31, 38, 17))), 'kept'), # vsock, bluetooth, crypto, packet
     Program('DNS', 'network', 'import socket\n' + tries('socket.getaddrinfo("example.com", 80)'), 'kept'),
     Program('writing outside', 'files', 'import os, sys\nflags = os.O_WRONLY | os.O_CREAT\n' + tries('os.open(H["dir"] + "/x", flags)', 'os.open("/x", flags)',
         'os.open("/usr/x", flags)', 'os.open("/etc/x", flags)', 'os.open(sys.base_prefix + "/x", flags)', 'os.open("/dev/x", flags)'), 'kept'),

@@ -1,10 +1,11 @@
 """Images as they are built, kept, checked and given up, by the real builder."""
 import os, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 from common import environment, until
 from rlm.cli import main
-from rlm.image import FILES, Image, ImageError, Recipe, build_image, find_image, list_images, remove_image, use_image
+from rlm.image import FILES, Image, ImageError, Recipe, build_image, find_image, list_images, locked, remove_image, use_image
 
 BUILDERS = all(map(shutil.which, ('mmdebstrap', 'sqfstar')))
 builds = pytest.mark.skipif(not BUILDERS, reason='mmdebstrap and squashfs-tools are not installed')
@@ -88,3 +89,12 @@ def test_killed_and_two_at_once(cache, tmp_path, monkeypatch):
 def test_failing_build_leaves_nothing(cache):
     with pytest.raises(ImageError, match='could not be built; the builder said:\n'): build_image(Recipe(packages=('no-such-package',)))
     assert not [o for o in cache.iterdir() if o.suffix != '.lock']
+
+def test_a_lock_is_for_one_and_leaves_no_file(tmp_path):
+    holders, most, path = [], [], tmp_path/'a.lock'
+    def work(i):
+        with locked(path): holders.append(i); os.sched_yield(); most.append(len(holders)); holders.remove(i)
+    with ThreadPoolExecutor(8) as pool: list(pool.map(work, range(400)))
+    assert most == [1] * 400 and not list(tmp_path.iterdir())
+    path.touch() # Of one that was killed
+    work(0); assert not list(tmp_path.iterdir())

@@ -1,11 +1,13 @@
 """The namespace in a process: its border, its end, and what it leaves behind."""
-import gc, json, os, shutil, signal, subprocess, sys, threading, time
+import gc, json, os, shutil, signal, subprocess, sys, textwrap, threading, time
 import pytest
 from hypothesis import given, strategies as st
 from common import HANG, block, environment, forks, in_child, posix, script, tree, until
 from kinds import new_ns
-from rlm import ANSWER, ScriptLM, exec_code, rlm_run
-from rlm._worker import FrameError, TooLarge, Wire, decode, encode, parse, plain
+from rlm import ANSWER, PAPER, ScriptLM, exec_code, rlm_run
+from rlm._worker import FrameError, TooLarge, Wire, _calls, decode, encode, parse, plain
+from rlm.lm import RLMError
+from rlm.remote import NamespaceClosed
 from rlm.repl import BlockTimeout, CodeThread
 import rlm.sandbox as sandbox
 from rlm.sandbox import Sandbox, SandboxError
@@ -107,6 +109,55 @@ def test_what_does_not_come_out(ns):
         with pytest.raises(TypeError, match="'v' is or holds a"): ns['v'] = o
     with pytest.raises(TypeError): ns[3] = 'x'
     assert out('print(t)', ns) == '(1, 2)\n'
+
+def test_an_honest_value_over_a_limit_costs_no_session(each):
+    out('kept, huge, many, deep = 1, 10**5000, [0] * 2_100_000, []\nfor i in range(98): deep = [deep]', each)
+    for name, error, words in (('huge', TypeError, "'huge' is or holds an int of more than 4,300 digits"), ('deep', TypeError, "'deep' .* nested too deep"),
+            ('many', TooLarge, '2,100,000 values are more than the 2,000,000')):
+        with pytest.raises(error, match=words): each[name]
+        assert each['kept'] == 1
+    for o in (10**5000, [{'a': -10**5000}]):
+        with pytest.raises(TypeError, match="'v' is or holds an int of more than 4,300 digits"): each['v'] = o
+    each['v'] = most = [10**4299, -2.5]
+    assert each['v'] == most
+    out('import sys\nsys.set_int_max_str_digits(0)', each)
+    with pytest.raises(TypeError, match='4,300 digits'): each['huge']
+    out('sys.set_int_max_str_digits(640)\nhuge = 10**1000', each)
+    with pytest.raises(TypeError, match='640 digits'): each['huge']
+    assert each['kept'] == 1
+
+@pytest.mark.parametrize('make', ['[0] * 2_100_000', '[10**5000]', '[{}] * 1_000_001', '[0] * 1_999_995', '["x" * 16_000_000, ""] + ["é"] * 100_000'])
+def test_an_answer_over_a_limit_is_its_text(ns, make):
+    code = f'import sys\nsys.set_int_max_str_digits(0)\nkept, big = 1, {make}'
+    res = rlm_run('q', 'c', ns, ScriptLM([block(code), "FINAL_VAR(big)"]), protocol=PAPER)
+    assert res.stop == 'answer' and len(res.answer) > 5000 and res.value == res.answer and ns['kept'] == 1
+
+def test_an_argument_over_a_limit():
+    with Sandbox('process', host_methods=dict(f=len)) as ns:
+        assert 'TooLarge: 2,10' in exec_code('kept = 1\nhost_call("f", [0] * 2_100_000)', ns).error and ns['kept'] == 1
+        assert "TypeError: `host_call` cannot be given an int of more than" in exec_code('host_call("f", 10**5000)', ns).error and ns['kept'] == 1
+
+class Unsayable(Exception):
+    def __str__(self): raise ValueError('no text')
+
+def fails(e): raise e
+
+@pytest.mark.parametrize('f, said', [(lambda: 2**20_000, 'TypeError: the host returned an int of more than 4,300 digits'), (lambda: 1j, 'TypeError: the host returned a complex'),
+    (lambda: (1 / 0 for i in 'a'), 'ZeroDivisionError: division by zero'), (lambda: fails(Unsayable()), 'Unsayable: its text could not be made'),
+    (lambda: 'x' * 70_000_000, 'TooLarge: 70,000,0')], ids=range(5))
+def test_whatever_goes_wrong_with_a_reply_reaches_the_caller(ns, f, said):
+    res = rlm_run('q', 'c', ns, ScriptLM([block('f()'), 'FINAL(1)']), tools=dict(f=f))
+    assert said in res.iterations[0].code_blocks[0].result.stderr
+
+def test_what_goes_in_has_no_limit_of_parts(each):
+    lines = ['line'] * 2_100_000
+    res = rlm_run('q', lines, each, ScriptLM([block('print(len(context), context[-1])'), 'FINAL(1)']))
+    assert res.iterations[0].code_blocks[0].result.stdout == '2100000 line\n' and '2,100,000 items with 8,400,000 characters' in str(res.messages)
+    meta = each.context_metadata()
+    assert meta.context_total_length == 8_400_000 and len(meta.context_lengths) == 2_100_000
+    lines[:] = ['a', 'b' * 300, 'c' * 70_000]
+    each.bind_context(lines)
+    assert each.context_metadata().context_lengths == [1, 300, 70_000]
 
 def test_a_mapping(ns):
     ns.update(a=1, b='two', c=[3])
@@ -428,3 +479,55 @@ def test_two_blocks_at_once_are_refused(ns):
     until(lambda: ns._session.job)
     with pytest.raises(RuntimeError, match='running in this namespace already'): exec_code('1', ns)
     ns.interrupt(); t.join(HANG)
+
+# Calls that go past namespaces
+
+@bwrap
+@pytest.mark.skipif(os.uname().machine not in _calls, reason='the filter does not know this processor')
+def test_refused_calls():
+    look = '''
+        import ctypes, socket, subprocess
+        def errno(*args):
+            ctypes.set_errno(0)
+            return libc.syscall(*args) and ctypes.get_errno()
+        libc = ctypes.CDLL(None, use_errno=True)
+        print([errno(o, 0, 0, 0, 0, 0) for o in refused] == [1] * len(refused), errno(1 << 30 | 41, 1, 1, 0))
+        print([errno(makes, o, 3, 0) for makes in sockets for o in (40, 17, 38)], errno(sockets[0], 16, 3, 9))
+        print([socket.socket(o).close() for o in (1, 2, 10)], len(socket.socketpair()), socket.if_nameindex()[0][1])
+        print(subprocess.run(['python3', '-c', 'import socket; socket.socket(40)'], capture_output=True, text=True).stderr[-41:])'''
+    with Sandbox() as ns:
+        _, ns['sockets'], ns['refused'] = [list(o) if isinstance(o, tuple) else o for o in _calls[os.uname().machine]]
+        assert out(textwrap.dedent(look), ns) == '''True 1
+[97, 97, 97, 97, 97, 97] 97
+[None, None, None] 2 lo
+Address family not supported by protocol
+
+'''
+
+# Options
+
+BAD = [(dict(memory='1G'), TypeError, "`memory` must be a whole number, not '1G'"), (dict(disk='a'), TypeError, '`disk`'), (dict(memory=-5), ValueError, '`memory` must be from 1'),
+    (dict(max_value='x'), TypeError, '`max_value`'), (dict(processes=0), ValueError, '`processes`'), (dict(max_value=0), ValueError, '`max_value`'), (dict(memory=True), TypeError, '`memory`'),
+    (dict(disk=10**30), ValueError, '`disk`'), (dict(host_methods={'x': 3}), TypeError, "by name, but 'x' is 3"), (dict(host_methods=[len]), TypeError, '`host_methods` must be a dict'),
+    (dict(kind=['bwrap']), ValueError, 'there is no kind')]
+
+@pytest.mark.parametrize('options, error, words', BAD, ids=lambda o: str(o) if isinstance(o, dict) else '')
+def test_bad_options_are_refused_at_the_start(options, error, words):
+    with pytest.raises(error, match=words): Sandbox(**dict(dict(kind='process'), **options))
+
+def test_closed():
+    ns = Sandbox('process'); ns.close()
+    for f in (lambda: ns['x'], lambda: exec_code('1', ns), lambda: ns.bind_context('c')):
+        with pytest.raises(RLMError, match='this namespace is closed') as e: f()
+        assert isinstance(e.value, RuntimeError) and isinstance(e.value, NamespaceClosed)
+
+@pytest.mark.skipif(not shutil.which('runsc'), reason='runsc is not installed')
+def test_gvisor_takes_away_what_a_killed_host_left(tmp_path, monkeypatch):
+    if os.geteuid() or not sandbox.group_places(): pytest.skip('gVisor needs root and control groups')
+    code = "import os, signal, rlm.sandbox as s\nns = s.Sandbox('gvisor')\nos.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, '-c', code], env=environment() | dict(TMPDIR=str(tmp_path)))
+    (tmp_path/'rlm-my-work').mkdir(); (tmp_path/'rlm-gvisor-notes-1').mkdir()
+    monkeypatch.setattr(sandbox.tempfile, 'tempdir', str(tmp_path))
+    assert len(os.listdir(tmp_path)) == 3
+    with Sandbox('gvisor') as ns, Sandbox('gvisor') as other: assert len(os.listdir(tmp_path)) == 4 and out('print(1)', ns) == out('print(1)', other) == '1\n'
+    assert sorted(os.listdir(tmp_path)) == ['rlm-gvisor-notes-1', 'rlm-my-work']
