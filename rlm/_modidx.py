@@ -603,6 +603,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'rlm.sandbox._open_bwrap': ('sandbox.html#_open_bwrap', 'rlm/sandbox.py'),
                              'rlm.sandbox._open_gvisor': ('sandbox.html#_open_gvisor', 'rlm/sandbox.py'),
                              'rlm.sandbox._open_process': ('sandbox.html#_open_process', 'rlm/sandbox.py'),
+                             'rlm.sandbox._ours': ('sandbox.html#_ours', 'rlm/sandbox.py'),
                              'rlm.sandbox._parents': ('sandbox.html#_parents', 'rlm/sandbox.py'),
                              'rlm.sandbox._places': ('sandbox.html#_places', 'rlm/sandbox.py'),
                              'rlm.sandbox._prefixes': ('sandbox.html#_prefixes', 'rlm/sandbox.py'),

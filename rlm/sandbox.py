@@ -6,7 +6,7 @@
 __all__ = ['ProcessLink', 'Group', 'group_places', 'Sandbox']
 
 # %% ../nbs/08_sandbox.ipynb #850f4ab0
-import functools, glob, itertools, json, os, random, shutil, signal, subprocess, sys, tempfile, time
+import functools, glob, importlib.util, itertools, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -195,8 +195,14 @@ def _program(name, package): # Its path
     raise SandboxError(f'`{name}` is not here: install {package}, such as by `apt install {package}`, or use another kind of namespace')
 
 # %% ../nbs/08_sandbox.ipynb #37de8aac
+def _ours(): # (a file, its place inside) of what a worker needs, and what Python has compiled of it: that takes a quarter off a start
+    for o in _files:
+        yield f'{_home}/{o}', f'/rlm/rlm/{o}'
+        compiled = importlib.util.cache_from_source(f'{_home}/{o}')
+        if os.path.exists(compiled): yield compiled, f'/rlm/rlm/__pycache__/{os.path.basename(compiled)}'
+
 def _open_bwrap(box): # A worker under bubblewrap
-    ours = [(f'{_home}/{o}', f'/rlm/rlm/{o}') for o in _files]
+    ours = list(_ours())
     places, memory = group_places(), box.memory * 2**20
     limits = dict(CORE=0) | ({} if places else dict(DATA=memory, NPROC=box.processes))
     argv = _locked(box, ours) + _command(_python(box.venv), '/rlm', box.cap, limits=limits, calls=os.uname().machine in _calls)
