@@ -28,8 +28,7 @@ def _number(o): return o if type(o) in (int, float) and abs(o) < 1e15 else None 
 
 def _used(usage): # (tokens, USD) of a UsageSummary; None where it does not say
     if not usage or not usage.model_usage_summaries: return None, None
-    try: return _number(usage.total.total_tokens), _number(usage.total_cost)
-    except TypeError: return None, None # Its numbers are none
+    return _number(usage.total.total_tokens), _number(usage.total_cost)
 
 def _usd(cost): return f'${cost:.4f}' if cost >= .01 or not cost else f'${cost:.2g}'
 
@@ -43,7 +42,7 @@ def _node(kind, title, items, about='', error=None, tokens=None, cost=None, seco
 
 # %% ../nbs/07_display.ipynb #b4281f43
 def _messages(msgs): # Items for messages
-    if isinstance(msgs, str): return [['msg', msgs]]
+    if not isinstance(msgs, list) or not all(isinstance(m, dict) for m in msgs): return [['msg', str(msgs)]] # A child's context may be anything
     return [o for m in msgs for o in (['role', str(m.get('role', ''))], ['msg', str(m.get('content', ''))])]
 
 def _call_node(c:RLMChatCompletion): # A sub-call, with the child's turns where it started a run
@@ -105,6 +104,10 @@ def _question(run): # What was asked, as far as the log says
     found = next((m for o in texts if (m := _asked.search(o))), None)
     return (next(o for o in found.groups() if o is not None) if found else texts[0] if texts else '').strip()
 
+def _origin(run): # Where it branched off
+    p = run.info.get('parent')
+    return f'turn {p.get("turn")} of {Path(str(p.get("path"))).name}' if isinstance(p, dict) else ''
+
 def _facts(run): # Pairs of a name and a value
     tokens, cost = _used(run.usage)
     whole = '' if any(it.usage for it in run.iterations) or run.info.get('usage') else ' of sub-calls'
@@ -113,7 +116,7 @@ def _facts(run): # Pairs of a name and a value
     end, begun = run.info.get('limit') or run.stop or 'nothing: it did not end', str(run.info.get('timestamp') or '')[:19].replace('T', ' ')
     rows = [('Model', run.metadata.root_model), ('Ended by', end), ('Turns', f'{len(run.iterations):,}'), ('Sub-calls', f'{len(run.calls):,}'),
         (f'Tokens{whole}', tokens is not None and f'{tokens:,}'), (f'Cost{whole}', tokens is not None and price),
-        ('Time', seconds is not None and f'{seconds:,.1f} s'), ('Begun', begun), ('Log', run.path and run.path.name)]
+        ('Time', seconds is not None and f'{seconds:,.1f} s'), ('Begun', begun), ('From', _origin(run)), ('Log', run.path and run.path.name)]
     return [(k, str(v)) for k,v in rows if v]
 
 def _tree(run:LoggedRun): # All that is shown of a run
@@ -159,7 +162,7 @@ def _page(trees): # The page for some trees
     js, css = _asset('view.js'), _asset('view.css')
     csp = (f"default-src 'none'; script-src {_digest(js)}; style-src {_digest(css)}; base-uri 'none'; form-action 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'")
-    index = [(t['title'], ' · '.join([_plural(len(t['turns']), 'turn'), *[v for k,v in t['facts'] if k == 'Log']])) for t in trees]
+    index = [(t['title'], ' · '.join([_plural(len(t['turns']), 'turn'), *[f'from {v}' if k == 'From' else v for k,v in t['facts'] if k in ('From', 'Log')]])) for t in trees]
     data = '\n'.join([_data(index, 'id="index"'), *[_data(t, 'class="run"') for t in trees]])
     parts = dict(csp=csp, css=css, js=js, data=data)
     return re.sub(r'\{\{(\w+)\}\}', lambda m: parts[m[1]], _asset('view.html'))
@@ -180,8 +183,12 @@ def view_parser()->argparse.ArgumentParser: # For `rlm view`
     "The arguments of `rlm view`."
     p = argparse.ArgumentParser('rlm view', description='Make a page of one or more logs, to be opened in a browser.')
     p.add_argument('logs', nargs='+', metavar='LOG', help='logs of ours or of the public engine, .jsonl or .jsonl.gz')
-    p.add_argument('-o', '--output', metavar='FILE', help='the page (default: beside the first log, as .html; runs.html for several)')
+    p.add_argument('-o', '--output', metavar='FILE', help='the page (default: beside the first log, as .html; runs.html for several; only a page of ours is replaced there)')
     return p
+
+def _may_replace(path): # Only a page of ours is written over without being asked
+    if not path.exists(): return True
+    with open(path, 'rb') as f: return b'<!-- Written by hand: the page that `rlm view` fills in.' in f.read(100)
 
 def view_command(
     args, # Parsed arguments
@@ -190,6 +197,7 @@ def view_command(
     first = Path(args.logs[0])
     name = 'runs.html' if len(args.logs) > 1 else first.name.removesuffix('.gz').removesuffix('.jsonl') + '.html'
     out = Path(args.output) if args.output else first.with_name(name)
+    if not args.output and not _may_replace(out): raise TraceError(f'{out} is there already, and is no page of ours; name it with -o to replace it')
     page = run_html(args.logs)
     try: out.write_text(page, encoding='utf-8')
     except OSError as e: raise TraceError(f'{out} cannot be written ({e.strerror}); name another file with -o') from e
@@ -368,7 +376,7 @@ def _notebook(run, context, folder): # The whole notebook
 
 def to_notebook(
     run, # Whatever `load_run` takes
-    path, # The .ipynb to write; a copy of the context goes beside it
+    path, # The .ipynb to write, over one that is there; a copy of the context goes beside it
     context=None, # The context, where neither the run nor its log has it
 )->Path: # `path`
     "Write a run as a notebook that runs."

@@ -36,7 +36,7 @@ def _usage_of(d): # A call's usage: nested, or two counts as the first logs had 
 
 def _call_dict(d): return dict(root_model='', prompt='', response='') | d | dict(usage_summary=_usage_of(d))
 
-# %% ../nbs/06_trace.ipynb #ac1eac65
+# %% ../nbs/06_trace.ipynb #c92c1727
 _none = type(None)
 _text, _list, _dict = (str,), (list, _none), (dict, _none)
 _TYPES = dict( # Of the parts of a record, where they are there; what else is in it may be anything
@@ -46,7 +46,7 @@ _TYPES = dict( # Of the parts of a record, where they are there; what else is in
     result=dict(stdout=_text, stderr=_text, locals=_dict, rlm_calls=_list, llm_calls=_list, error=(str, _none), notes=(list,)),
     call=dict(root_model=_text, response=_text, usage_summary=_dict, metadata=_dict, error=(str, _none)),
     usage=dict(model_usage_summaries=(dict,)), child=dict(run_metadata=_dict, iterations=(list,)),
-    used={k: (int, float, _none) for k in ('total_calls', 'total_input_tokens', 'total_output_tokens', 'total_cost', 'total_cache_read_tokens', 'total_cache_write_tokens')})
+    used=dict(total_cost=(int, float, _none)) | dict.fromkeys(('total_calls', 'total_input_tokens', 'total_output_tokens', 'total_cache_read_tokens', 'total_cache_write_tokens'), (int, float)))
 _INSIDE = dict(prompt='message', code_blocks='block', result='result', rlm_calls='call', llm_calls='call', usage='usage', usage_summary='usage',
     model_usage_summaries='used', metadata='child', run_metadata='metadata', iterations='turn') # What the parts consist of
 _NEEDS = dict(message=('role', 'content'), child=('iterations',)) # All else may be missing
@@ -256,8 +256,12 @@ def _keep_context(folder, context, digest): # Write it, unless it is there; retu
     path = folder/f'context-{digest[:16]}.{ext}'
     if not path.exists():
         part = path.with_name(f'{path.name}.{secrets.token_hex(4)}')
-        part.write_bytes(data)
-        part.replace(path)
+        try:
+            part.write_bytes(data)
+            part.replace(path)
+        except OSError as e:
+            part.unlink(missing_ok=True)
+            raise TraceError(f'the context cannot be kept in {folder} ({e.strerror}); leave `keep_context` out') from e
     return path.name
 
 def _their_context(run): # What the public engine wrote of it into the first block's `locals`, or None

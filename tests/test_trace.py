@@ -334,7 +334,7 @@ def put(o, path, v):
 BLOCK = 'code_blocks', 0
 @pytest.mark.parametrize('path, v, says', [((*BLOCK, 'code'), 3, 'code_blocks 1: code'), (('prompt',), 3, 'prompt'), (('prompt', 0), None, 'prompt 1'), (('prompt', 0, 'content'), KeyError, 'content'),
     (('response',), None, 'response'), ((*BLOCK, 'result', 'stdout'), 3, 'stdout'), ((*BLOCK, 'result', 'rlm_calls'), {}, 'rlm_calls'), ((*BLOCK, 'result', 'rlm_calls', 0), 3, 'rlm_calls 1'),
-    ((*BLOCK, 'result', 'rlm_calls', 0, 'response'), [], 'response'), ((*BLOCK, 'result', 'locals'), [], 'locals'), (('usage',), 3, 'usage'), (('usage',), dict(model_usage_summaries=dict(m=dict(total_calls='x'))), 'total_calls'),
+    ((*BLOCK, 'result', 'rlm_calls', 0, 'response'), [], 'response'), ((*BLOCK, 'result', 'locals'), [], 'locals'), (('usage',), 3, 'usage'), (('usage',), dict(model_usage_summaries=dict(m=dict(total_calls='x'))), 'total_calls'), (('usage',), dict(model_usage_summaries=dict(m=dict(total_calls=None))), 'total_calls'),
     (('iteration',), 'x', 'iteration'), ((*BLOCK, 'lang'), 3, 'lang'), ((*BLOCK, 'result', 'notes'), 3, 'notes'), ((*BLOCK, 'result', 'rlm_calls', 0, 'metadata'), dict(iterations=[None]), 'iterations 1')])
 def test_damaged_contents_are_named(tmp_path, path, v, says):
     lines = raw(DATA/'ours.jsonl')
@@ -373,6 +373,20 @@ def test_a_full_disk(tmp_path, size, answer, asked, says):
     if asked: assert load_run(log).stop is None and len(load_run(log).iterations) == 1 # Half a line at its end, which is mended
     else: assert not log.stat().st_size
     assert rlm_run('Q?', 'text', model=FnLM(lambda m: 'FINAL(2)', name='model'), log=log).answer == '2'
+
+@posix
+def test_a_context_that_cannot_be_kept_ends_the_run(tmp_path):
+    res = script('''
+        import resource, signal, sys
+        from rlm import ScriptLM, rlm_run
+        from rlm.trace import RunLog, TraceError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+        try: rlm_run('Q?', 'x' * 9999, model=ScriptLM([]), log=RunLog(sys.argv[1], keep_context=True))
+        except TraceError as e: print(e)
+    ''', str(tmp_path/'x.jsonl'))
+    assert 'the context cannot be kept' in res.stdout and 'File too large' in res.stdout and res.stderr == ''
+    assert [o.name for o in tmp_path.iterdir()] == ['x.jsonl'] and not (tmp_path/'x.jsonl').stat().st_size
 
 # Going back
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import nbconvert, nbformat, pytest
 from rlm import Limits, ScriptLM, rlm_run
 from rlm.display import run_html, show_run, to_notebook, view_command, view_parser
+from rlm.trace import TraceError, rewind
 from common import block
 
 sync_api = pytest.importorskip('playwright.sync_api', reason='the Python package playwright is not installed')
@@ -277,3 +278,32 @@ def test_command(show, tmp_path, capsys):
     assert view_command(view_parser().parse_args([str(log), str(log)])) == 0
     out = Path(capsys.readouterr().out.strip())
     assert out == tmp_path/'runs.html' and show(out.read_text()).locator('#runs button').count() == 2
+
+def test_a_file_that_is_no_page_is_not_replaced(tmp_path, capsys):
+    log, page = tmp_path/'a.jsonl', tmp_path/'a.html'
+    rlm_run('How long?', 'abc', model=ScriptLM([block('n = len(context)'), 'FINAL_VAR(n)']), log=log)
+    page.write_text('<!doctype html>\n<p>mine')
+    with pytest.raises(TraceError, match='is no page of ours'): view_command(view_parser().parse_args([str(log)]))
+    assert page.read_text() == '<!doctype html>\n<p>mine'
+    for more in (['-o', str(page)], []): assert view_command(view_parser().parse_args([str(log), *more])) == 0 and 'How long?' in page.read_text() # By name, and then as a page of ours
+
+def test_forks_say_where_they_come_from(tmp_path):
+    log = tmp_path/'a.jsonl'
+    rlm_run('How long?', 'abc', model=ScriptLM([block('n = len(context)'), 'FINAL_VAR(n)']), log=log)
+    forks = [rewind(log, 1, 'abc', model=ScriptLM(['FINAL(x)']), log=tmp_path/f'{o}.jsonl').log for o in 'bc']
+    index = json.loads(re.search('id="index">(.*?)</script>', run_html([log, *forks]))[1])
+    assert [o[1] for o in index] == ['2 turns · a.jsonl', '2 turns · from turn 1 of a.jsonl · b.jsonl', '2 turns · from turn 1 of a.jsonl · c.jsonl']
+    assert 'From turn 1 of a.jsonl' in str(show_run(forks[0])) and 'From turn' not in str(show_run(log))
+
+def test_header_and_turns_have_the_same_sums(tmp_path):
+    kw = dict(model=ScriptLM(lambda m: 'x' if m[0]['role'] == 'user' else block('n = llm_query("a")') if len(m) < 3 else 'FINAL_VAR(n)'), store=tmp_path/'c.db')
+    for name in ('a.jsonl', 'b.jsonl'): # The second one comes from the store
+        rlm_run('How long?', 'abc', log=tmp_path/name, **kw)
+        page = run_html(tmp_path/name)
+        tree = json.loads(re.search('class="run">(.*?)</script>', page)[1])
+        assert dict(tree['facts'])['Tokens'] == f'{sum(o["tokens"] for o in tree["turns"]):,}' != '0'
+
+@pytest.mark.parametrize('prompt', [3, None, ['a', 3], {'a': 1}])
+def test_a_context_of_a_child_may_be_anything(prompt):
+    call = dict(prompt=prompt, response='r')
+    assert str(prompt) in str(show_run(dict(iterations=[dict(code_blocks=[dict(code='x', result=dict(rlm_calls=[call]))])])))
