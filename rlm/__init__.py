@@ -12,7 +12,7 @@ _names = {
     'lm': 'ClaudetteLM LM OfflineLM Reply ScriptLM get_lm',
     'trace': 'CallStore RunLog load_run replay resume rewind',
     'display': 'show_run',
-    'remote': 'SandboxError SessionLost',
+    'remote': 'NamespaceClosed SandboxError SessionLost',
     'sandbox': 'Sandbox',
     'vm': 'VM',
 }
