@@ -302,9 +302,10 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fo
 _schema = '''CREATE TABLE IF NOT EXISTS calls (request TEXT, scope TEXT, n INT, model TEXT, reply TEXT, time REAL, PRIMARY KEY (request, scope, n)) WITHOUT ROWID'''
 _APP = int.from_bytes(b'rlmc') # What SQLite calls the application id of a file
 
-def _is_store(db): # One that is marked as ours, one of before there was a mark, or an empty one
+def _kind(db): # `ours`, by its mark or, from before there was one, its table; `new`, or `other`
     (app,), columns = db.execute('PRAGMA application_id').fetchone(), [o[1] for o in db.execute('PRAGMA table_info(calls)')]
-    return app == _APP or columns == ['request', 'scope', 'n', 'model', 'reply', 'time'] or not (app or db.execute('SELECT 1 FROM sqlite_master').fetchone())
+    if app == _APP or columns == ['request', 'scope', 'n', 'model', 'reply', 'time']: return 'ours'
+    return 'other' if app or db.execute('SELECT 1 FROM sqlite_master').fetchone() else 'new'
 
 def _to_wal(db): # Where several begin at a time, SQLite refuses this to some without waiting
     db.execute('PRAGMA synchronous=NORMAL')
@@ -327,12 +328,11 @@ class CallStore:
     def _connect(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-        self._db.execute('BEGIN IMMEDIATE') # Many may make the same store at a time
-        good = _is_store(self._db)
-        for o in [f'PRAGMA application_id={_APP}', _schema, 'COMMIT'] if good else ['ROLLBACK']: self._db.execute(o)
-        if good: return _to_wal(self._db)
-        self._db.close(); self._db = None
-        raise TraceError(f'{self.path} is the database of another program, and is left as it is; name another file')
+        if (kind := _kind(self._db)) == 'other':
+            self._db.close(); self._db = None
+            raise TraceError(f'{self.path} is the database of another program, and is left as it is; name another file')
+        for o in ('BEGIN IMMEDIATE', f'PRAGMA application_id={_APP}', _schema, 'COMMIT') if kind == 'new' else (): self._db.execute(o) # Many may make it at a time
+        _to_wal(self._db)
     def _run(self, sql, *args): # The rows of a statement
         try:
             if self._db is None: self._connect()

@@ -315,7 +315,9 @@ def test_a_store_without_a_mark_is_taken(tmp_path):
     db = sqlite3.connect(tmp_path/'x.db')
     assert db.execute('PRAGMA application_id').fetchone()[0]
     db.execute('PRAGMA application_id=0'); db.close()
-    assert CallStore(tmp_path/'x.db').lookup('', 0, ScriptLM([]), []).text == 'x'
+    before = (tmp_path/'x.db').read_bytes()
+    with CallStore(tmp_path/'x.db') as store: assert store.lookup('', 0, ScriptLM([]), []).text == 'x'
+    assert (tmp_path/'x.db').read_bytes() == before # To read it changes nothing
 
 @pytest.mark.parametrize('reply', ['{}', 'garbage', 'null', '[]', '3', '{"text": 3, "usage": {}, "stop_reason": "end_turn", "model": "m"}', '{"text": "x", "usage": {"total_calls": "y"}, "stop_reason": "", "model": "m"}',
     '{"text": "x", "usage": [], "stop_reason": "", "model": "m"}'])
