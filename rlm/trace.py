@@ -303,9 +303,10 @@ _schema = '''CREATE TABLE IF NOT EXISTS calls (request TEXT, scope TEXT, n INT, 
 _APP = int.from_bytes(b'rlmc') # What SQLite calls the application id of a file
 
 def _kind(db): # `ours`, by its mark or, from before there was one, its table; `new`, or `other`
+    filled = db.execute('SELECT 1 FROM sqlite_master').fetchone() # First: another process may be making it
     (app,), columns = db.execute('PRAGMA application_id').fetchone(), [o[1] for o in db.execute('PRAGMA table_info(calls)')]
     if app == _APP or columns == ['request', 'scope', 'n', 'model', 'reply', 'time']: return 'ours'
-    return 'other' if app or db.execute('SELECT 1 FROM sqlite_master').fetchone() else 'new'
+    return 'other' if app or filled else 'new'
 
 def _to_wal(db): # Where several begin at a time, SQLite refuses this to some without waiting
     db.execute('PRAGMA synchronous=NORMAL')
