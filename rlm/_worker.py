@@ -317,6 +317,10 @@ def serve(rfd, wfd, cap):
 def main():
     "Be a session over stdin and stdout; `argv` has a JSON dict: `cap` in bytes, `limits`, `calls` if some are to be refused, and the parent's `pid` where it can be seen."
     cfg = json.loads(sys.argv.pop())
+    if sys.flags.no_site: # The packages are there all the same, but nothing of what their .pth files would run, which took most of a start
+        import site
+        sys.path += site.getsitepackages()
+        site.setquit(); site.sethelper()
     confine(cfg['limits'])
     if cfg.get('calls'): refuse_calls()
     if cfg.get('pid', os.getppid()) != os.getppid(): _stop(0) # It died before it could be watched

@@ -78,9 +78,9 @@ def _python(venv): # The interpreter: of a venv, or the one that this one is mad
     if found is None: raise SandboxError(f'there is no Python in {venv or sys.base_prefix}')
     return found
 
-def _command(python, where, cap, **cfg): # A worker, by an interpreter that finds this package in the folder `where`
+def _command(box, where, **cfg): # A worker, by an interpreter that finds this package in the folder `where`; only a venv needs its .pth files
     start = f'import sys; sys.path.insert(0, {where!r}); from rlm._worker import main; del sys.path[0]; main()'
-    return [python, '-I', '-c', start, json.dumps(dict(cfg, cap=cap))]
+    return [_python(box.venv), '-I', *([] if box.venv else ['-S']), '-c', start, json.dumps(dict(cfg, cap=box.cap))]
 
 def _environment(venv=None): # Nothing of the caller's
     path = ':'.join(filter(None, (venv and f'{venv}/bin', '/usr/bin', '/bin')))
@@ -205,7 +205,7 @@ def _open_bwrap(box): # A worker under bubblewrap
     ours = list(_ours())
     places, memory = group_places(), box.memory * 2**20
     limits = dict(CORE=0) | ({} if places else dict(DATA=memory, NPROC=box.processes))
-    argv = _locked(box, ours) + _command(_python(box.venv), '/rlm', box.cap, limits=limits, calls=os.uname().machine in _calls)
+    argv = _locked(box, ours) + _command(box, '/rlm', limits=limits, calls=os.uname().machine in _calls)
     if not places: return ProcessLink(argv, _environment(), box.cap)
     group = Group(places, memory, box.processes + 6) # The shell's and bubblewrap's own
     try: return ProcessLink(group.command(argv), _environment(), box.cap, group.remove)
@@ -219,7 +219,7 @@ def _bundle(box, home): # What runsc wants to know: a folder with our files, and
     mounts = [dict(destination=o, source='tmpfs', type='tmpfs', options=[f'size={box.disk}m', 'mode=1777']) for o in ('/tmp', '/dev/shm')]
     mounts += [dict(destination=o, source=os.path.realpath(o), type='bind', options=['ro', 'rbind']) for o in binds]
     process = dict(user=dict(uid=uid, gid=uid), cwd='/tmp', noNewPrivileges=True, capabilities={}, env=[f'{k}={v}' for k, v in _environment(box.venv).items()],
-        args=_command(_python(box.venv), '/rlm', box.cap, limits=dict(CORE=0)))
+        args=_command(box, '/rlm', limits=dict(CORE=0)))
     spaces = [dict(type=o) for o in ('pid', 'network', 'ipc', 'uts', 'mount')]
     Path(home, 'config.json').write_text(json.dumps(dict(ociVersion='1.0.0', hostname='sandbox', root=dict(path='root', readonly=True), process=process,
         mounts=[dict(destination='/proc', source='proc', type='proc'), *mounts], linux=dict(namespaces=spaces))))
@@ -238,7 +238,7 @@ def _open_gvisor(box): # A worker under gVisor
 
 # %% ../nbs/08_sandbox.ipynb #8eaedbdf
 def _open_process(box): # The plain process
-    argv = _command(_python(box.venv), os.path.dirname(_home), box.cap, pid=os.getpid(), limits=dict(CORE=0, DATA=box.memory * 2**20))
+    argv = _command(box, os.path.dirname(_home), pid=os.getpid(), limits=dict(CORE=0, DATA=box.memory * 2**20))
     return ProcessLink(argv, _environment(box.venv), box.cap)
 
 _kinds = dict(bwrap=_open_bwrap, process=_open_process, gvisor=_open_gvisor)

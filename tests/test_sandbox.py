@@ -531,3 +531,12 @@ def test_gvisor_takes_away_what_a_killed_host_left(tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path)) == 3
     with Sandbox('gvisor') as ns, Sandbox('gvisor') as other: assert len(os.listdir(tmp_path)) == 4 and out('print(1)', ns) == out('print(1)', other) == '1\n'
     assert sorted(os.listdir(tmp_path)) == ['rlm-gvisor-notes-1', 'rlm-my-work']
+
+@pytest.mark.parametrize('kind', ['process', 'bwrap'])
+def test_packages_are_there_and_nothing_of_theirs_has_run(kind):
+    "Without a venv the interpreter's own packages can be imported, but no .pth file was read; `exit` is there as in any Python."
+    try: ns = Sandbox(kind)
+    except SandboxError as e: pytest.skip(str(e))
+    with ns:
+        res = exec_code('import sys, site\nprint(sys.flags.no_site, [o for o in site.getsitepackages() if o not in sys.path])\nexit(3)', ns)
+    assert (res.stdout, res.error) == ('1 []\n', 'SystemExit: 3')
