@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, REPLResult, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, preview)
 from .lm import LM, LMError, Reply, RLMError, Underway, get_lm, in_thread, on_loop, run_sync
 from .limits import Clock, Ledger, LimitExceeded, Limits, check_price, make_limits, metered
-from .loop import Ask, Exec, Trajectory, adrive, drive, rlm_steps
+from .loop import Exec, Trajectory, adrive, drive, rlm_steps
 from .repl import (BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, interruptible, outside_block, rebind, scaffold_of,
     shielded, summarize, unbind, unnumbered, visible)
 

@@ -6,7 +6,7 @@
 __all__ = ['run_html', 'view_parser', 'view_command', 'RunView', 'show_run', 'RecordedLM', 'notebook_ns', 'to_notebook']
 
 # %% ../nbs/07_display.ipynb #203916b0
-import argparse, base64, hashlib, html, json, os, re
+import argparse, base64, hashlib, html, json, re
 from collections import Counter, defaultdict
 from functools import cache
 from importlib.resources import files
@@ -14,7 +14,7 @@ from pathlib import Path
 from ._rlmpaper_compat import CodeBlock, PAPER, RLMChatCompletion, RLMIteration, find_fences, parse_code, parse_final
 from .core import Run, make_config
 from .lm import LM, Reply, RLMError, Usage
-from .repl import Scaffold, bind, bind_context, unbind
+from .repl import Scaffold, bind, unbind
 from .trace import LoggedRun, TraceError, _keep_context, _kept_context, _protocols, context_digest, load_run
 
 # %% ../nbs/07_display.ipynb #11c1d2b6

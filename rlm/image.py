@@ -9,7 +9,6 @@ __all__ = ['PACKAGES', 'MODULES', 'FILES', 'VMError', 'ImageError', 'need_progra
 
 # %% ../nbs/08a_image.ipynb #31a33716
 import argparse, fcntl, gzip, hashlib, json, lzma, os, platform, re, shutil, subprocess, tarfile, tempfile, time
-from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -7,7 +7,6 @@ __all__ = ['Limits', 'make_limits', 'LimitExceeded', 'Clock', 'Ledger', 'check_p
 
 # %% ../nbs/03_limits.ipynb #6bbddc20
 import asyncio, threading, time
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from ._rlmpaper_compat import UsageSummary
 from .lm import LM, LMError, Reply, RLMError, Usage

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from ._rlmpaper_compat import ANSWER, CodeBlock, ModelUsageSummary, NANO, PAPER, QueryMetadata, REPLResult, RLMIteration, RLMMetadata, UsageSummary, head_tail, runnable, type_name
+from ._rlmpaper_compat import ANSWER, ModelUsageSummary, NANO, PAPER, QueryMetadata, REPLResult, RLMIteration, RLMMetadata, UsageSummary, head_tail, runnable, type_name
 from .core import Event, RLMResult, Run, child_namespace, make_config, request_digest, rlm_iter, rlm_run
 from .limits import Limits
 from .lm import LM, Reply, RLMError, Usage

@@ -7,11 +7,11 @@ __all__ = ['SESSIONS', 'DISKS', 'MB', 'boot_time', 'guest_files', 'Spec', 'QMP',
            'SessionsUsedUp', 'VMLink', 'VMNS', 'VM']
 
 # %% ../nbs/09_vm.ipynb #bbb59fee
-import functools, hashlib, json, os, random, secrets, shutil, signal, socket, subprocess, sys, tempfile, threading, time, weakref
+import functools, hashlib, json, os, random, secrets, shutil, socket, subprocess, sys, tempfile, threading, time, weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from . import repl, sandbox
 from ._worker import Wire
