@@ -135,14 +135,15 @@ class RLMChatCompletion(Record):
     metadata: dict|None = None # A child's own trajectory
     error: str|None = None # `Type: message` where the call failed
     stop_reason: str|None = None # `max_tokens` where the reply was cut
+    started: float|None = field(default=None, compare=False) # When, in seconds since 1970
     def to_dict(self):
         d = dict(root_model=self.root_model, prompt=jsonable(self.prompt), response=self.response,
             usage_summary=self.usage_summary.to_dict(), execution_time=self.execution_time)
-        return d | {k: jsonable(v) for k in ('metadata', 'error', 'stop_reason') if (v := getattr(self, k)) is not None}
+        return d | {k: jsonable(v) for k in ('metadata', 'error', 'stop_reason', 'started') if (v := getattr(self, k)) is not None}
     @classmethod
     def from_dict(cls, d):
         return cls(d.get('root_model', ''), d['prompt'], d['response'], UsageSummary.from_dict(d.get('usage_summary') or {}),
-            d.get('execution_time', 0.), d.get('metadata'), d.get('error'), d.get('stop_reason'))
+            d.get('execution_time', 0.), d.get('metadata'), d.get('error'), d.get('stop_reason'), d.get('started'))
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #ba54d349
 @dataclass
