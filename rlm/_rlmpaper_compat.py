@@ -7,9 +7,9 @@ __all__ = ['type_name', 'type_module', 'SCAFFOLD', 'RLM_SYSTEM_PROMPT', 'PAPER',
            'text_length', 'QueryMetadata', 'Record', 'jsonable', 'ModelUsageSummary', 'UsageSummary',
            'RLMChatCompletion', 'REPLResult', 'CodeBlock', 'RLMIteration', 'RLMMetadata', 'parse_code', 'Fence',
            'find_fences', 'runnable', 'find_code_blocks', 'cut_off', 'parse_final', 'FinalAnswer', 'find_final_answer',
-           'bound_names', 'head_tail', 'format_execution_result', 'text_metadata', 'format_metadata', 'Protocol',
-           'describe_environment', 'describe_context', 'build_rlm_system_prompt', 'build_user_prompt', 'compact',
-           'preview', 'format_iteration', 'add_message']
+           'bound_names', 'head_tail', 'format_execution_result', 'text_metadata', 'format_metadata', 'all_turns',
+           'Protocol', 'half_turns', 'describe_environment', 'describe_context', 'build_rlm_system_prompt',
+           'build_user_prompt', 'compact', 'preview', 'format_iteration', 'add_message']
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #a2d44a48
 import ast, functools, json, math, os, re, threading
@@ -444,6 +444,12 @@ SCAFFOLD = {
 }
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #3a3181e4
+def all_turns(
+    n:int, # Turns of the parent
+)->int:
+    "A child has as many turns as its parent."
+    return n
+
 @dataclass(frozen=True)
 class Protocol:
     "How model and engine talk to each other."
@@ -458,7 +464,7 @@ class Protocol:
     final_name: str|None = None # Variable whose being set is the answer
     observe: Callable = format_execution_result # (result, n) -> what the model sees of a block
     observe_chars: int = 20000 # n for it
-    child_iters: Callable = lambda n: n # A child's turns, from its parent's
+    child_iters: Callable = all_turns # A child's turns, from its parent's
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #12bb187a
 RLM_SYSTEM_PROMPT = '''You answer a question about a context that is too large to read at once. You work in a Python REPL: you write code, it runs, and you see what it prints. Variables, imports and functions stay from block to block and from turn to turn. The context lies in the variable `context`, and you never see more of it than you print.
@@ -531,9 +537,15 @@ After each block you are told only facts about its output: characters, lines, an
 
 _nano_text = '''When the answer is ready, set the variable `Final` in a Python block to a value that JSON can hold: a str, a number, a list, a dict. That ends the work at once.'''
 
+def half_turns(
+    n:int, # Turns of the parent
+)->int:
+    "A child has half as many turns as its parent, but at least six."
+    return max(6, n // 2)
+
 NANO = Protocol('nano', _nano_system, _nano_text, 'set `Final` in a Python block', ('rlm_query', 'llm_query', 'llm_query_batched', 'SHOW_VARS', 'history'),
     context_name='prompt', langs=('python', 'repl', 'py', 'bash', 'sh'), fallback=(), final_name='Final',
-    observe=format_metadata, observe_chars=800, child_iters=lambda n: max(6, n // 2))
+    observe=format_metadata, observe_chars=800, child_iters=half_turns)
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #780e8124
 def describe_environment(

@@ -9,7 +9,7 @@ __all__ = ['RunConfig', 'make_config', 'RLMResult', 'Event', 'SubcallError', 'wa
            'save_ns', 'load_ns', 'exec_code', 'Limits', 'LimitExceeded', 'LMError', 'RLMError']
 
 # %% ../nbs/05_core.ipynb #34a26dad
-import asyncio, difflib, functools, hashlib, inspect, json, keyword, os, pickle, sys, threading, time, warnings
+import ast, asyncio, copyreg, difflib, functools, hashlib, importlib, inspect, io, json, keyword, linecache, os, pickle, sys, threading, time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, MutableMapping
 from concurrent.futures import CancelledError, wait
@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, REPLResult, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, preview)
-from .lm import LM, LMError, Reply, RLMError, Underway, get_lm, in_thread, on_loop, run_sync
+from types import CellType, CodeType, FunctionType, ModuleType
+from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, REPLResult, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, parse_code, preview)
+from .lm import LM, LMError, Reply, RLMError, Underway, get_lm, in_thread, on_loop, pickles, run_sync
 from .limits import Clock, Ledger, LimitExceeded, Limits, check_price, make_limits, metered
 from .loop import Exec, Trajectory, adrive, drive, rlm_steps
 from .repl import (BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, interruptible, outside_block, rebind, scaffold_of,
@@ -103,6 +104,8 @@ class RLMResult:
     log: object = None # Where it is written, if it is
     protocol: Protocol|None = None # How model and engine talked
     lost: list = field(default_factory=list) # Names that were not kept when the result left its process
+    def __reduce__(self): return _unpacked_result, (type(self), *_packed_result(self))
+    def __copy__(self): return replace(self)
     def __iter__(self): return iter((self.answer, self.iterations, self.ns))
     def __repr__(self): return f'RLMResult({head_tail(repr(self.answer), 500)}; {self.summary()})'
     @property
@@ -131,6 +134,9 @@ class Event:
     depth: int # Of the run that it belongs to; 0 is the root
     data: dict # What there is to say of it
     run: str = '' # Path of that run in the tree: '' is the root, and each level adds `/`, a digest of the child's prompt, and a number
+    def __getstate__(self): # What can leave the process: the engine stays
+        data = {k: v for k, v in self.data.items() if k != 'engine' and pickles(v)}
+        return vars(self) | dict(data=data)
 
 class SubcallError(str):
     "What stands in the place of a reply that did not come: reads `Error: ...`, and carries the exception as `error`."
@@ -140,6 +146,14 @@ class SubcallError(str):
         self = super().__new__(cls, f'Error: {error}' if isinstance(error, RLMError) else f'Error: {type(error).__name__}: {error}')
         self.error = error
         return self
+    def __reduce__(self):
+        error = self.error if pickles(self.error) else RLMError(str(self).removeprefix('Error: '))
+        return _same_subcall_error, (type(self), str.__str__(self), error)
+
+def _same_subcall_error(cls, text, error): # As it was in the process that it comes from
+    self = str.__new__(cls, text)
+    self.error = error
+    return self
 
 # %% ../nbs/05_core.ipynb #8d82b0bd
 def warn_safely(
@@ -648,24 +662,277 @@ def rlm_query_batched(
     "Start child runs side by side; their answers are also `ns[name]`."
     return _for_person(ns, name, model, 'rlm_query_batched', prompts)
 
+# %% ../nbs/05_core.ipynb #95e415bf
+def _source_of(filename): # What ran under the name of a block, or None
+    found = linecache.cache.get(filename) if filename.startswith('<block ') else None
+    return None if found is None or len(found) < 4 else ''.join(found[2])
+
+def _tree_of(source): # None where it does not parse
+    try: return parse_code(source)
+    except (SyntaxError, ValueError, MemoryError, RecursionError): return None
+
+def _first_line(node): # Decorators stand above a definition
+    return min([node.lineno, *(o.lineno for o in getattr(node, 'decorator_list', []))])
+
+def _named_source(source): # A file name under which tracebacks, and the next save, find it
+    name = f'<block saved-{hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()[:12]}>'
+    linecache.cache[name] = len(source), None, source.splitlines(True), name
+    return name
+
+# %% ../nbs/05_core.ipynb #a4d1e3c8
+def _bare(node): # A function without what is evaluated when it is defined
+    args = node.args
+    args.defaults, args.kw_defaults = [], [None for _ in args.kwonlyargs]
+    for o in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg):
+        if o is not None: o.annotation = None
+    if isinstance(node, ast.Lambda): return [ast.Return(node)]
+    node.returns, node.decorator_list = None, []
+    return [node, ast.Return(ast.Name(node.name, ast.Load()))]
+
+def _code_from(source, free): # The code object of the function in `source`, with the names in `free` from around it
+    node = parse_code(source).body[0]
+    if isinstance(node, ast.Expr): node = node.value
+    name = '<lambda>' if isinstance(node, ast.Lambda) else node.name
+    outer = parse_code(f'def _make({", ".join(free)}): pass')
+    outer.body[0].body = _bare(node)
+    whole = compile(ast.fix_missing_locations(outer), _named_source(source), 'exec', dont_inherit=True)
+    make = next(o for o in whole.co_consts if isinstance(o, CodeType))
+    return next(o for o in make.co_consts if isinstance(o, CodeType) and o.co_name == name)
+
+def _function_source(f): # The source of a function that a block made, or None
+    code, source = f.__code__, _source_of(f.__code__.co_filename)
+    tree = None if source is None else _tree_of(source)
+    if tree is None: return None
+    kinds = (ast.Lambda,) if code.co_name == '<lambda>' else (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [o for o in ast.walk(tree) if isinstance(o, kinds) and _first_line(o) == code.co_firstlineno]
+    found = [ast.get_source_segment(source, o) for o in found if getattr(o, 'name', '<lambda>') == code.co_name]
+    if kinds == (ast.Lambda,): found = [f'({o})' for o in found]
+    if len(found) > 1: found = [o for o in found if _code_from(o, code.co_freevars).co_code == code.co_code]
+    same = len({*found}) == 1 and _code_from(found[0], code.co_freevars).co_freevars == code.co_freevars
+    return found[0] if same else None
+
+# %% ../nbs/05_core.ipynb #e7c7eedc
+def _function_state(f): # What its source does not say
+    cells = [] if f.__closure__ is None else f.__closure__
+    state = {k: getattr(f, k) for k in ('__defaults__', '__kwdefaults__', '__annotations__', '__qualname__', '__doc__')}
+    return state, dict(vars(f)), [[o.cell_contents] if _filled(o) else [] for o in cells]
+
+def _filled(cell):
+    try: cell.cell_contents
+    except ValueError: return False
+    return True
+
+def _set_function_state(f, state): # In a second step: it may hold the function itself
+    about, attributes, cells = state
+    for k, v in about.items(): setattr(f, k, v)
+    vars(f).update(attributes)
+    for cell, value in zip(f.__closure__ or (), cells):
+        if len(value): cell.cell_contents = value[0]
+
+def _made_function(ns, source, free): # A function from its source, with `ns` as its globals
+    code = _code_from(source, free)
+    return FunctionType(code, ns, code.co_name, None, tuple(CellType() for _ in code.co_freevars))
+
+# %% ../nbs/05_core.ipynb #ff0617bf
+def _plain_function(o): # Below a staticmethod, a classmethod or a property
+    o = getattr(o, 'fget', getattr(o, '__func__', o))
+    return o if isinstance(o, FunctionType) else None
+
+def _class_files(cls): # Names of the blocks that may have made a class, the likeliest first
+    own = [o for o in map(_plain_function, vars(cls).values()) if o is not None]
+    sure = [o.__code__.co_filename for o in own if o.__qualname__ == f'{cls.__qualname__}.{o.__name__}']
+    sure = [o for o in sure if _source_of(o) is not None]
+    if sure: return sure[:1]
+    module = sys.modules.get(cls.__module__)
+    outside = getattr(module, '__file__', None) or getattr(module, '__spec__', None)
+    if outside and getattr(module, cls.__name__, None) is cls: return []
+    return [o for o in reversed(list(linecache.cache)) if _source_of(o) is not None]
+
+def _class_source(cls): # (source with its decorators, the names that it needs when it runs), or None
+    if '.' in cls.__qualname__: return None
+    for source in map(_source_of, _class_files(cls)):
+        if f'class {cls.__name__}' not in source: continue
+        tree = _tree_of(source)
+        found = [] if tree is None else [o for o in ast.walk(tree) if isinstance(o, ast.ClassDef) and o.name == cls.__name__]
+        if found: return _class_text(source, found[-1]), _names_at_once(found[-1])
+
+def _class_text(source, node):
+    above = [f'@{ast.get_source_segment(source, o)}\n' for o in node.decorator_list]
+    return ''.join(above) + ast.get_source_segment(source, node)
+
+def _names_at_once(node): # The names that are looked up while a class is made: all but those in bodies of functions
+    todo, names = [node], set()
+    while todo:
+        o = todo.pop()
+        if isinstance(o, ast.Name): names.add(o.id)
+        kept = [] if not isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) else o.body if isinstance(o.body, list) else [o.body]
+        todo += [p for p in ast.iter_child_nodes(o) if not any(p is k for k in kept)]
+    return names
+
+def _made_class(ns, name, source, needs): # A class from its source; nothing else of `ns` changes
+    file = _named_source(source)
+    touched = {*needs, name, '__builtins__', '__name__'}
+    before = {k: ns[k] for k in touched if k in ns}
+    ns.update(needs)
+    ns.setdefault('__name__', '__main__')
+    try:
+        exec(compile(source, file, 'exec', dont_inherit=True), ns)
+        return ns[name]
+    finally:
+        for k in touched: ns.pop(k, None)
+        ns.update(before)
+
+# %% ../nbs/05_core.ipynb #3aceaf10
+class _Nowhere: # A file that keeps nothing
+    def write(self, data): return len(data)
+
+_OLD = 3 # The newest form of pickles whose parts have numbers: where one part cannot be read, those after it can
+
+class _Packer(pickle.Pickler): # Pickles what a namespace holds, and shared parts once
+    def __init__(self, file, ns):
+        super().__init__(file, _OLD)
+        self.ns, self.making = ns, set()
+    def can(self, o): # Would it do? Foreign code runs, which may raise anything
+        try: _Packer(_Nowhere(), self.ns).dump(o)
+        except Exception: return False
+        return True
+    def reducer_override(self, o):
+        t = type(o)
+        if t is ModuleType: return self._module(o)
+        if t is FunctionType: return self._function(o)
+        if issubclass(t, type): return self._class(o)
+        if t is FinalAnswer: return _reduce_answer(o, self.can)
+        return NotImplemented
+    def _module(self, o):
+        name = o.__dict__.get('__name__')
+        return (importlib.import_module, (name,)) if sys.modules.get(name) is o else NotImplemented
+    def _function(self, f):
+        source = _function_source(f)
+        if source is None: return NotImplemented
+        return _made_function, (source, f.__code__.co_freevars), _function_state(f), None, None, _set_function_state
+    def _class(self, cls):
+        found = None if cls in self.making else _class_source(cls)
+        if found is None: return NotImplemented
+        self.making.add(cls)
+        source, names = found
+        needs = {k: self.ns[k] for k in sorted(names) if k in self.ns and self.ns[k] is not cls}
+        return _made_class, (cls.__name__, source, needs)
+
+class _Unpacker(pickle.Unpickler): # Functions and classes get their globals from it
+    def __init__(self, file, ns):
+        super().__init__(file)
+        self.ns = ns
+    def find_class(self, module, name):
+        found = super().find_class(module, name)
+        return functools.partial(found, self.ns) if found in (_made_function, _made_class) else found
+
+def _reduce_answer(o, can): # An answer whose object stays behind keeps its text
+    text = str.__str__(o)
+    return type(o), (o.value if can(o.value) else text, text)
+copyreg.pickle(FinalAnswer, lambda o: _reduce_answer(o, pickles))
+
+# %% ../nbs/05_core.ipynb #d446364e
+def _pack(values, ns): # (bytes, name -> where each ends in them, names that could not be kept)
+    out, ends, lost = io.BytesIO(), {}, []
+    packer = _Packer(out, ns)
+    for k, v in values.items():
+        if not packer.can(v): lost.append(k); continue
+        packer.dump(v)
+        ends[k] = out.tell()
+    return out.getvalue(), ends, lost
+
+def _unpack(data, ends, ns): # (values, name -> exception where one could not be read)
+    file, at, values, failed = io.BytesIO(data), 0, {}, {}
+    unpacker = _Unpacker(file, ns)
+    for k, end in ends.items():
+        file.seek(at)
+        try: values[k] = unpacker.load()
+        except Exception as e: failed[k] = e # It runs the objects' own code, which may raise anything
+        at = end
+    return values, failed
+
+def _code_names(code): # All names that a code object and those in it look up
+    inner = [o for o in code.co_consts if isinstance(o, CodeType)]
+    return {*code.co_names}.union(*map(_code_names, inner))
+
+def _used_by(o): # The names that a function or a class looks up
+    parts = vars(o).values() if isinstance(o, type) else [o]
+    return {k for f in map(_plain_function, parts) if f is not None for k in _code_names(f.__code__)}
+
+def _kept_names(ns): # Public variables, and private ones that the functions among them need
+    names = dict.fromkeys(visible(ns))
+    if 'history' in ns: names['history'] = None
+    todo = list(names) if isinstance(ns, dict) else []
+    while todo:
+        o = ns.get(todo.pop())
+        if not isinstance(o, (FunctionType, type)): continue
+        new = [k for k in _used_by(o) if k in ns and k not in names and k[:1] == '_' and k[:2] != '__']
+        names |= dict.fromkeys(new)
+        todo += new
+    return list(names)
+
+def _values_of(ns): # (name -> value, names that cannot be fetched)
+    values, lost = {}, []
+    for k in _kept_names(ns):
+        try: values[k] = ns[k]
+        except Exception: lost.append(k) # From another process it may not come
+    return values, lost
+
 # %% ../nbs/05_core.ipynb #e937e54c
 def save_ns(
     ns:MutableMapping, # A namespace
     path, # File to write
 )->list[str]: # Names that could not be kept
-    "Save the public variables of `ns` that can be pickled."
-    keep, lost = {}, []
-    for k in dict.fromkeys([*visible(ns), *(['history'] if 'history' in ns else [])]):
-        try: keep[k] = pickle.dumps(ns[k])
-        except Exception: lost.append(k) # Pickling runs the objects' own code, which may raise anything
-    Path(path).write_bytes(pickle.dumps(keep))
-    return lost
+    "Save the public variables of `ns`: what can be pickled, modules by name, functions and classes of blocks by their source."
+    values, lost = _values_of(ns)
+    data, ends, more = _pack(values, ns)
+    head = dict(rlm_ns=2, ends=ends, lost=lost + more)
+    Path(path).write_bytes(pickle.dumps(head, _OLD) + data)
+    return lost + more
+
+def _saved(data): # (name -> value, name -> exception) of a file, given a dict for the globals of functions
+    head = pickle.loads(data)
+    if not isinstance(head, dict): raise TypeError(f'it holds a {type(head).__name__}')
+    if head.get('rlm_ns') == 2: return lambda ns: _unpack(data[len(pickle.dumps(head, _OLD)):], head['ends'], ns)
+    for k, v in head.items(): # From before functions were kept: a pickle for each variable
+        if not isinstance(v, bytes): raise TypeError(f'`{k}` is a {type(v).__name__}')
+    return lambda ns: _each(head, ns)
+
+def _each(pickles_, ns): # As `_unpack`, for pickles that share nothing
+    values, failed = {}, {}
+    for k, v in pickles_.items():
+        try: values[k] = pickle.loads(v)
+        except Exception as e: failed[k] = e
+    return values, failed
 
 def load_ns(
     path, # File that `save_ns` wrote
     ns:dict|None=None, # Where to put them; a new dict if None
 )->dict: # `ns`
-    "Bring back what `save_ns` kept."
+    "Bring back what `save_ns` kept. What cannot be read is named in a warning; the rest is there."
     if ns is None: ns = {}
-    ns.update({k: pickle.loads(v) for k,v in pickle.loads(Path(path).read_bytes()).items()})
+    data = Path(path).read_bytes()
+    try: read = _saved(data)
+    except Exception as e: raise RLMError(f'{path} was not written by `save_ns`, or is damaged ({type(e).__name__}: {e})') from e
+    values, failed = read(ns if isinstance(ns, dict) else {})
+    ns.update(values)
+    said = '; '.join(f'{k} ({type(e).__name__}: {e})' for k, e in failed.items())
+    if failed: warn_safely(f'{path}: these variables could not be brought back: {said}')
     return ns
+
+
+# %% ../nbs/05_core.ipynb #0b79a8f1
+def _packed_result(res): # (bytes, where each part ends, names that could not be kept)
+    try: held, lost = _values_of(res.ns)
+    except Exception: held, lost = {}, ['ns'] # One that lies elsewhere may be closed
+    parts = {f.name: getattr(res, f.name) for f in fields(res) if f.name not in ('ns', 'lost')}
+    named = {('ns', k): v for k, v in held.items()} | {('', k): v for k, v in parts.items()}
+    data, ends, more = _pack(named, res.ns)
+    return data, ends, [*res.lost, *lost, *(k for _, k in more)]
+
+def _unpacked_result(cls, data, ends, lost): # The RLMResult in the process that it came to
+    ns = {}
+    values, failed = _unpack(data, ends, ns)
+    ns.update({k: v for (where, k), v in values.items() if where == 'ns'})
+    parts = dict(answer=None, iterations=[]) | {k: v for (where, k), v in values.items() if where == ''}
+    return cls(**parts, ns=ns, lost=[*lost, *(k for _, k in failed)])

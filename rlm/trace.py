@@ -163,7 +163,6 @@ class _Reader: # Puts a LoggedRun together, line by line
     def add(self, d, where):
         about = isinstance(d, dict) and d.get('type') == 'metadata'
         _check(d, 'metadata' if about else 'turn', where)
-        if not about and _turn_keys.isdisjoint(d): raise TraceError(f'{where} has {_said_keys(d)}, and none of what a turn has: {_has}')
         if about: return self._about(d)
         it, number = _iteration(d, self.pool), d.get('iteration', len(self.turns) + 1)
         if self.turns and number <= self.turns[-1]: self._branch(number)
@@ -237,8 +236,8 @@ class _Split: # Puts the runs of a file together; a line with a `run_context` sa
         if self.at is None: self._begin(None)
         if _whole_run(d): return self._add_whole(d, where)
         d = {k: v for k, v in d.items() if k != 'run_context'}
-        header = d.get('type') not in ('metadata', 'iteration') and _turn_keys.isdisjoint(d)
-        if not header or 'run_context' not in self.at.run.info: return self.at.add(d, where)
+        if d.get('type') in ('metadata', 'iteration') or not _turn_keys.isdisjoint(d): return self.at.add(d, where)
+        if 'run_context' not in self.at.run.info: raise TraceError(f'{where} has {_said_keys(d)}, and none of what a turn has: {_has}')
         self.at.run.info |= {k: v for k, v in d.items() if k != 'type'} # A line that only says what the run is about
     def _add_whole(self, d, where): # A line that is a run
         if self.at.turns: self._begin(None)
@@ -450,6 +449,7 @@ class CallStore:
         with self.lock:
             if self._db is not None: self._db.close()
             self._db = None
+    def __reduce__(self): return type(self), (os.path.abspath(self.path),) # Opened again where it comes to
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
@@ -639,6 +639,7 @@ class RunLog:
         writer, engine = _Writer(self._file(), e, self.keep_context, self.parent), e.data['engine']
         if engine.log is self: engine.log = writer # From here on the run has its own
         else: self.writer = writer
+    def __getstate__(self): return vars(self) | dict(writer=None) # A run writes in one process
     def close(self)->None:
         "End what is being written."
         if self.writer is not None: self.writer.close()
