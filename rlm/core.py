@@ -694,7 +694,8 @@ def _code_from(source, free): # The code object of the function in `source`, wit
     if isinstance(node, ast.Expr): node = node.value
     name = '<lambda>' if isinstance(node, ast.Lambda) else node.name
     outer = parse_code(f'def _make({", ".join(free)}): pass')
-    outer.body[0].body = _bare(node)
+    own = [] if name in {'<lambda>', *free} else [ast.Global([name])] # It calls itself by a global name
+    outer.body[0].body = own + _bare(node)
     whole = compile(ast.fix_missing_locations(outer), _named_source(source), 'exec', dont_inherit=True)
     make = next(o for o in whole.co_consts if isinstance(o, CodeType))
     return next(o for o in make.co_consts if isinstance(o, CodeType) and o.co_name == name)
