@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['Fence', 'type_name', 'type_module', 'SCAFFOLD', 'RLM_SYSTEM_PROMPT', 'PAPER', 'ANSWER', 'NANO', 'COMPACT_PROMPT',
-           'text_length', 'QueryMetadata', 'Record', 'jsonable', 'ModelUsageSummary', 'UsageSummary',
+           'text_length', 'describe_value', 'QueryMetadata', 'Record', 'jsonable', 'ModelUsageSummary', 'UsageSummary',
            'RLMChatCompletion', 'REPLResult', 'CodeBlock', 'RLMIteration', 'RLMMetadata', 'bound_names', 'head_tail',
-           'format_execution_result', 'text_metadata', 'format_metadata', 'Protocol', 'describe_environment',
-           'describe_context', 'build_rlm_system_prompt', 'build_user_prompt', 'compact', 'preview', 'format_iteration',
-           'add_message', 'FinalAnswer', 'cut_off', 'find_code_blocks', 'find_fences', 'find_final_answer',
-           'parse_code', 'parse_final', 'runnable']
+           'format_execution_result', 'text_metadata', 'format_metadata', 'all_turns', 'Protocol', 'half_turns',
+           'describe_environment', 'describe_context', 'build_rlm_system_prompt', 'build_user_prompt', 'compact',
+           'preview', 'format_iteration', 'add_message', 'FinalAnswer', 'cut_off', 'find_code_blocks', 'find_fences',
+           'find_final_answer', 'parse_code', 'parse_final', 'runnable']
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #a2d44a48
-import ast, json, math
+import ast, io, json, math, os, re, stat, sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from types import FunctionType, ModuleType
+from types import FunctionType, GeneratorType, ModuleType
 from typing import Any
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #5a1c90d2
@@ -35,6 +36,11 @@ def _repr_len(o): # Foreign code runs in `repr`, so anything may be raised
     except KeyboardInterrupt: raise
     except BaseException: return 0
 
+def _odd_length(o, t): # Of a table with objects in it, and of a dataclass, the repr would read what is big
+    if issubclass(t, _stream) or _is_dataclass(t): return len(describe_value(o))
+    if _of_library(o, 'pandas', 'DataFrame', 'Series', 'Index'): return len(describe_value(o))
+    return _repr_len(o)
+
 def text_length(
     o, # Any object
     _seen=None, # Id of each container that was met -> its length; 0 while we are in it
@@ -45,20 +51,162 @@ def text_length(
     base = next((b for b in (str, bytes, bytearray) if issubclass(t, b)), None)
     if base: return base.__len__(o)
     if o is None or _depth > 100: return 0
-    if not any(t is b for b in (dict, list, tuple, set, frozenset)): return _repr_len(o)
+    if not any(t is b for b in (dict, list, tuple, set, frozenset)): return _odd_length(o, t)
     if id(o) in seen: return seen[id(o)]
     seen[id(o)] = 0
     if t is dict and type(o.get('content')) is str: seen[id(o)] = len(o['content'])
     else: seen[id(o)] = sum(text_length(v, seen, _depth + 1) for v in ([*o, *o.values()] if t is dict else o))
     return seen[id(o)]
 
+# %% ../nbs/00_rlmpaper_compat.ipynb #17a0477d
+def _of_library(o, root, *names): # Is `o` of one of these types, of a library that is loaded?
+    module = sys.modules.get(root)
+    kinds = [getattr(module, k, None) for k in names]
+    return any(isinstance(k, type) and issubclass(type(o), k) for k in kinds)
+
+def _cut(text, n=40): # The start of a text, on one line
+    text = ' '.join(str.__str__(text)[:4 * n].split())
+    return text if len(text) <= n else f'{text[:n]}...'
+
+def _label(o): # The name of a column
+    if issubclass(type(o), str): return _cut(o)
+    if type(o) is tuple: return f'({", ".join(map(_label, o[:5]))})'
+    return _cut(repr(o)) if type(o) in (int, float, bool) else type_name(type(o))
+
+def _count(n, what): return f'{n:,} {what}{"s" * (n != 1)}'
+
+def _cell_size(o): # Characters of a cell, found without running foreign code
+    if issubclass(type(o), (str, bytes)): return text_length(o)
+    return len(repr(o)) if type(o) in (int, float, bool) or type_module(type(o)) in ('numpy', 'datetime') else 0
+
+def _columns(pairs, n, sep=': '): # The first 20 columns with their types
+    some = ', '.join(f'{_label(k)}{sep}{_cut(str(v))}' for k, v in pairs)
+    return some + (f', ... {n - 20:,} more' if n > 20 else '')
+
+# %% ../nbs/00_rlmpaper_compat.ipynb #7daa327e
+def _frame_words(o): # A DataFrame of pandas or polars
+    rows, width = o.shape
+    few = zip(list(o.columns[:20]), list(o.dtypes[:20]))
+    text = f'{_count(rows, "row")} and {_count(width, "column")}'
+    if not width: return text
+    cells = [list(_column(o, i)) for i in range(min(width, 20))]
+    size = sum(_cell_size(v) for column in cells for v in column)
+    sample = 'the first rows' if rows > 5 else 'the rows'
+    return f'{text} ({_columns(few, width)}); {sample} have about {size:,} characters'
+
+def _column(o, i): # Its first five values
+    return o.iloc[:5, i] if hasattr(o, 'iloc') else o[:5, i]
+
+def _series_words(o): # A Series or an Index
+    size = sum(_cell_size(v) for v in list(o[:5] if not hasattr(o, 'iloc') else o.iloc[:5]))
+    return f'{_count(len(o), "value")}, {_cut(str(o.dtype))}; the first ones have about {size:,} characters'
+
+def _array_words(o):
+    size = getattr(o, 'nbytes', None)
+    about = f', {size:,} bytes' if type(size) is int else ''
+    return f'shape {tuple(map(int, o.shape))}, {_cut(str(o.dtype))}{about}'
+
+def _table_words(o): # What a library's object is, or None
+    if _of_library(o, 'pandas', 'DataFrame') or _of_library(o, 'polars', 'DataFrame'): return _frame_words(o)
+    if _of_library(o, 'pandas', 'Series', 'Index') or _of_library(o, 'polars', 'Series'): return _series_words(o)
+    if _of_library(o, 'numpy', 'ndarray') or _of_library(o, 'torch', 'Tensor'): return _array_words(o)
+    if _of_library(o, 'polars', 'LazyFrame'): return 'rows that are not there yet: `collect()` makes them'
+
+# %% ../nbs/00_rlmpaper_compat.ipynb #c57c2b8f
+def _file_size(path): # (what is there, bytes or None)
+    try: st = os.stat(path)
+    except (OSError, ValueError): return None, None
+    if stat.S_ISDIR(st.st_mode): return 'folder', None
+    return ('file', st.st_size) if stat.S_ISREG(st.st_mode) else ('something that is no file', None)
+
+def _path_words(o): # Its content is not read
+    kind, size = _file_size(o)
+    said = 'what is not there' if kind is None else kind if size is None else f'file of {size:,} bytes'
+    return f'a path to {"" if kind in (None, "something that is no file") else "a "}{said}: {_cut(os.fspath(o), 200)}'
+
+def _paths_words(o): # A list of paths
+    found = [_file_size(v) for v in o[:10_000]]
+    gone, folders = sum(k is None for k, _ in found), sum(k == 'folder' for k, _ in found)
+    parts = [f'{sum(n or 0 for _, n in found):,} bytes in all']
+    if folders: parts.append(f'{folders:,} of them folders')
+    if gone: parts.append(f'{gone:,} {"is" if gone == 1 else "are"} not there')
+    if len(o) > len(found): parts.append(f'as far as the first {len(found):,} go')
+    return f'{_count(len(o), "path")}, {", ".join(parts)}'
+
+def _stream_words(o): # An open file
+    name = getattr(o, 'name', None)
+    where = f' {_cut(name, 200)}' if issubclass(type(name), str) else ''
+    state = 'a closed file' if o.closed else 'an open file'
+    _, size = _file_size(name) if where else (None, None)
+    return f'{state}{where}' + ('' if size is None else f' of {size:,} bytes')
+
+def _range_words(o):
+    n = max(0, (o.stop - o.start + o.step - (1 if o.step > 0 else -1)) // o.step)
+    return f'{_cut(repr(o), 200)}, {n:,} items'
+
+def _part(o): # A field's value in a few words
+    if issubclass(type(o), (str, bytes)): return f'{type_name(type(o))} of {len(o):,}'
+    if type(o) in (list, tuple, dict, set, frozenset): return f'{type_name(type(o))} of {_count(len(o), "item")}'
+    return type_name(type(o))
+
+def _fields_words(o): # A dataclass: its fields, not its repr
+    names = list(type(o).__dataclass_fields__)
+    some = ', '.join(f'{k}: {_part(vars(o)[k])}' for k in names[:20] if k in getattr(o, '__dict__', {}))
+    return f'a dataclass with {_count(len(names), "field")}' + (f' ({some})' if some else '')
+
+# %% ../nbs/00_rlmpaper_compat.ipynb #85cbaea5
+_stream = io.IOBase.__mro__[1] # A plain type: to ask the abstract one would call a metaclass's `__eq__`
+
+def _is_dataclass(t): # Even if its metaclass says otherwise
+    return '__dataclass_fields__' in type.__dict__['__dict__'].__get__(t)
+
+def _words(o): # What `describe_value` says, or None; foreign code may run here
+    t = type(o)
+    if o is None or t in (str, bytes, bytearray, int, float, bool, set, frozenset, dict, type): return None
+    if t in (list, tuple): return _paths_words(o) if len(o) and all(_of_library(v, 'pathlib', 'PurePath') for v in o[:10_000]) else None
+    if _of_library(o, 'pathlib', 'PurePath'): return _path_words(o)
+    if _of_library(o, 'datetime', 'date', 'time'): return o.isoformat()
+    if _of_library(o, 'datetime', 'timedelta'): return str(o)
+    if t is range: return _range_words(o)
+    if issubclass(t, _stream): return _stream_words(o)
+    if t is GeneratorType: return 'it can be read once, and nothing of it was read yet'
+    if _of_library(o, 'numpy', 'generic') and not issubclass(t, (str, bytes)): return _cut(str(o), 100)
+    words = _table_words(o)
+    if words is None and _is_dataclass(t): return _fields_words(o)
+    return words
+
+def describe_value(
+    o, # Any object
+)->str: # One line; '' for what is told by its length
+    "Shape, columns, or size of a table, an array, a path, a file or the like, in words. Never reads what is big, and never raises."
+    try: words = _words(o)
+    except KeyboardInterrupt: raise
+    except BaseException: return ''
+    return '' if words is None else words
+
 # %% ../nbs/00_rlmpaper_compat.ipynb #813e1938
+def _parts_words(names, parts): # The words of the items that have some, and of which types all are, where these differ
+    kinds, told = Counter(type_name(type(o)) for o in parts), []
+    for k, o in zip(names, parts[:20]):
+        words = describe_value(o)
+        if words: told.append(f'{_label(k)}: {type_name(type(o))}, {words}')
+    if told and len(parts) > 20: told.append('...')
+    mixed = ', '.join(f'{n:,} {_cut(k)}' for k, n in kinds.most_common(10))
+    return '; '.join([*told, *([f'their types: {mixed}'] if len(kinds) > 1 else [])])
+
+def _context_words(context, parts): # What the lengths of a context do not say
+    words = describe_value(context)
+    if words: return words
+    if type(context) is dict: return _parts_words(list(context)[:20], parts)
+    return _parts_words(range(20), parts) if type(context) in (list, tuple) else ''
+
 @dataclass(init=False)
 class QueryMetadata:
     "Type and size of a context: what the model is told instead of the context itself."
     context_lengths: list # Characters of each part: of each item of a list or tuple, of each value of a dict, else one number
     context_total_length: int # Their sum
     context_type: str # Name of the type
+    description: str = field(default='', compare=False, repr=False) # What its lengths do not say, in words; one line
     def __init__(self,
         context, # Any object; it is measured, never copied
     ):
@@ -66,6 +214,7 @@ class QueryMetadata:
         self.context_lengths = [text_length(o) for o in parts]
         self.context_total_length = sum(self.context_lengths)
         self.context_type = type_name(type(context))
+        self.description = _context_words(context, parts)
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #f8eb5ed2
 class Record: "What has a `to_dict` that we wrote."
@@ -144,14 +293,15 @@ class RLMChatCompletion(Record):
     metadata: dict|None = None # A child's own trajectory
     error: str|None = None # `Type: message` where the call failed
     stop_reason: str|None = None # `max_tokens` where the reply was cut
+    started: float|None = field(default=None, compare=False) # When, in seconds since 1970
     def to_dict(self):
         d = dict(root_model=self.root_model, prompt=jsonable(self.prompt), response=self.response,
             usage_summary=self.usage_summary.to_dict(), execution_time=self.execution_time)
-        return d | {k: jsonable(v) for k in ('metadata', 'error', 'stop_reason') if (v := getattr(self, k)) is not None}
+        return d | {k: jsonable(v) for k in ('metadata', 'error', 'stop_reason', 'started') if (v := getattr(self, k)) is not None}
     @classmethod
     def from_dict(cls, d):
         return cls(d.get('root_model', ''), d['prompt'], d['response'], UsageSummary.from_dict(d.get('usage_summary') or {}),
-            d.get('execution_time', 0.), d.get('metadata'), d.get('error'), d.get('stop_reason'))
+            d.get('execution_time', 0.), d.get('metadata'), d.get('error'), d.get('stop_reason'), d.get('started'))
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #ba54d349
 @dataclass
@@ -293,6 +443,12 @@ SCAFFOLD = {
 }
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #3a3181e4
+def all_turns(
+    n:int, # Turns of the parent
+)->int:
+    "A child has as many turns as its parent."
+    return n
+
 @dataclass(frozen=True)
 class Protocol:
     "How model and engine talk to each other."
@@ -307,7 +463,7 @@ class Protocol:
     final_name: str|None = None # Variable whose being set is the answer
     observe: Callable = format_execution_result # (result, n) -> what the model sees of a block
     observe_chars: int = 20000 # n for it
-    child_iters: Callable = lambda n: n # A child's turns, from its parent's
+    child_iters: Callable = all_turns # A child's turns, from its parent's
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #12bb187a
 RLM_SYSTEM_PROMPT = '''You answer a question about a context that is too large to read at once. You work in a Python REPL: you write code, it runs, and you see what it prints. Variables, imports and functions stay from block to block and from turn to turn. The context lies in the variable `context`, and you never see more of it than you print.
@@ -380,9 +536,16 @@ After each block you are told only facts about its output: characters, lines, an
 
 _nano_text = '''When the answer is ready, set the variable `Final` in a Python block to a value that JSON can hold: a str, a number, a list, a dict. That ends the work at once.'''
 
+def half_turns(
+    n:int, # Turns of the parent
+)->int:
+    "A child has half as many turns as its parent, but at least six."
+    return max(6, n // 2)
+
 NANO = Protocol('nano', _nano_system, _nano_text, 'set `Final` in a Python block', ('rlm_query', 'llm_query', 'llm_query_batched', 'SHOW_VARS', 'history'),
     context_name='prompt', langs=('python', 'repl', 'py', 'bash', 'sh'), fallback=FALLBACK, final_name='Final',
-    observe=format_metadata, observe_chars=800, child_iters=lambda n: max(6, n // 2))
+    observe=format_metadata, observe_chars=800, child_iters=half_turns)
+
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #780e8124
 def describe_environment(
@@ -400,16 +563,21 @@ def describe_environment(
     text = '\n\n'.join(o for o in ('\n'.join(lines), protocol.answering, answer_form) if o)
     return text + (f'\n\nYou have at most {max_iterations} turns.' if max_iterations else '')
 
+def _items(meta): # How many, where it has items
+    return f' of {len(meta.context_lengths):,} items' if meta.context_type in ('list', 'tuple', 'dict') else ''
+
 def describe_context(
     meta:QueryMetadata, # Of the context
     name:str='context', # Its variable
 )->str: # One sentence
     "Type and size of the context, in words."
-    ls, kind = meta.context_lengths, meta.context_type
+    ls, kind, words = meta.context_lengths, meta.context_type, meta.description
+    sizes = words == '' or words.startswith('their types') # Of an item that has words the length says nothing
+    if not sizes: return f'`{name}` is a {kind}{_items(meta)}: {words}.'
     unit = 'bytes' if kind in ('bytes', 'bytearray') else 'characters'
     if kind not in ('list', 'tuple', 'dict'): return f'`{name}` is a {kind} of {meta.context_total_length:,} {unit}.'
     some = ', '.join(f'{o:,}' for o in ls[:20]) + (', ...' if len(ls) > 20 else '')
-    return f'`{name}` is a {kind} of {len(ls):,} items with {meta.context_total_length:,} {unit} in all; lengths of the items: {some}.'
+    return f'`{name}` is a {kind} of {len(ls):,} items with {meta.context_total_length:,} {unit} in all; lengths of the items: {some}{words and f"; {words}"}.'
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #bbc77ed1
 def build_rlm_system_prompt(

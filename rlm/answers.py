@@ -9,7 +9,7 @@ __all__ = ['not_python', 'parse_code', 'answer_source', 'can_look_up', 'look_up'
 # %% ../nbs/00_answers.ipynb #17586e35
 import ast, builtins, os, re, threading
 from collections.abc import Iterable, Mapping
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType
 
 # %% ../nbs/00_answers.ipynb #7d3548e8
 def _new_lock(): # Also in a forked child, where nobody would open the old one
@@ -100,7 +100,7 @@ class FinalAnswer(str):
         return self
 
 _placeholder = re.compile(r'[<\[{("\'` ]*(?:(?:your|the) (?:final |best |own )*answer(?: here| itself)?|final answer(?: here)?|\.\.\.|…|answer|value)[>\]})"\'` .]*', re.I)
-_kinds = ((type, 'a class'), (ModuleType, 'a module'), ((FunctionType, BuiltinFunctionType, MethodType), 'a function'))
+_functions = (FunctionType, BuiltinFunctionType, MethodType)
 
 def never_answer(
     value, # What was given as the answer
@@ -109,7 +109,7 @@ def never_answer(
     if isinstance(value, str):
         failed = isinstance(getattr(value, 'error', None), BaseException)
         return f'it is the error of a sub-call that failed ({value[:200]})' if failed else None
-    return next((f'it is {kind}' for types, kind in _kinds if isinstance(value, types)), None)
+    return 'it is a function' if isinstance(value, _functions) else None
 
 def no_answer(
     value, # What was given as the answer

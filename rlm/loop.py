@@ -108,10 +108,10 @@ def _answer(t, it): # This turn's answer, or None and a note on why not
     return _accepted(t, it, answer)
 
 # %% ../nbs/04_loop.ipynb #6b58943a
-def _had_text(it, reply): # Did the model say anything? If not, it is told so
+def _had_text(t, it, reply): # Did the model say anything? If not, it is told so
     if set_reasoning_aside(it.response).strip(): return True
     what = 'nothing but reasoning' if it.response.strip() else f'no text ({reply.stop_reason or "empty"})'
-    it.notes.append(f'Your reply had {what}. Write what you are about to do, and a block.')
+    it.notes.append(f'Your reply had {what}, and so no ```{t.protocol.langs[0]} block to run. Say in a sentence what you are about to do, and write the block.')
     return False
 
 def _reply(t): # Ask, and begin an iteration with the reply
@@ -122,7 +122,7 @@ def _reply(t): # Ask, and begin an iteration with the reply
     t.sent = len(t.msgs) + 1 # The reply itself will stand at this place
     t.cut = reply.stop_reason in ('max_tokens', 'model_context_window_exceeded')
     if t.cut: it.notes.append('Your reply was cut off at its greatest length. Write less at a time.')
-    t.silent = 0 if _had_text(it, reply) else t.silent + 1
+    t.silent = 0 if _had_text(t, it, reply) else t.silent + 1
     if t.silent == 3: raise LMError(f'three replies in a row had no text (the last one stopped with {reply.stop_reason or "nothing"})')
     return it
 

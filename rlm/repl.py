@@ -107,14 +107,26 @@ def _install(): # Idempotent, and again after somebody else replaced a stream; r
     return [getattr(sys, name) for name in _streams]
 
 # %% ../nbs/01_repl.ipynb #9ce0c348
+from types import GeneratorType
+from ._rlmpaper_compat import _columns, describe_value
 _kinds = {id(t): kind for kind, ts in dict(value=(bool, float), sized=(bytes, bytearray, list, tuple, dict, set, frozenset, deque),
     function=(FunctionType, BuiltinFunctionType)).items() for t in ts} # By id: `in` would call a metaclass's `__eq__`
 
-def _shape(o, t): # The shape of an array or a table, if its type really is of one of these libraries
+def _after(words): return f', {head_tail(words, 300)}' if words else ''
+
+def _table(o): # Shape, and the types of what is in it
+    text = f', shape {tuple(o.shape)}'
+    try:
+        if hasattr(o, 'columns'): return text + _after(_columns(zip(list(o.columns[:20]), list(o.dtypes[:20])), len(o.columns), ' '))
+        return f'{text}, {head_tail(str(o.dtype), 100)}' if hasattr(o, 'dtype') else text
+    except Exception: return text # A subclass may do anything
+
+def _shape(o, t): # Shape and size of an array, a table or a path, if its type really is of one of these libraries
     try: root = str(type_module(t)).partition('.')[0]
     except AttributeError: return '' # Some types have none
+    if t in (range, GeneratorType) or root in ('pathlib', 'datetime', '_io') and getattr(sys.modules.get(root), type_name(t), None) is t: return _after(describe_value(o))
     known = root in ('numpy', 'pandas', 'polars', 'torch') and getattr(sys.modules.get(root), type_name(t), None) is t
-    return f', shape {tuple(o.shape)}' if known and hasattr(o, 'shape') else ''
+    return _table(o) if known and hasattr(o, 'shape') else ''
 
 def summarize(
     o, # Any object
