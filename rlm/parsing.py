@@ -175,7 +175,7 @@ def _after_mark(rest, lang): # What stands behind a mark at the start of a line:
     if '`' in rest: return
     word = _word.match(rest)[1].lower()
     if word in _known and _blank(rest[_word.match(rest).end():]): return 'open' if lang in _pythonic else None
-    if rest[0] in ' \t<': return 'close'
+    if not (rest[0].isalnum() or rest[0] in '_{'): return 'close'
     return 'maybe' if lang in _pythonic else None
 
 def _closes(text, o, run, budget): # Does this run of marks close the block? 'close', 'open' for one that opens the next, or None
@@ -257,7 +257,7 @@ def _open_fence(text, m, base): # What opens at the mark `m`, as (_Opening, star
     lang = _word.match(info)[1].lower()
     if m[0][0] == '~' and not at_start or '`' in info and m[0][0] == '`': return
     if not at_start and not (_bare_info.fullmatch(info) and (lang in _known or not info.strip())): return
-    quoted = at_start and '>' in lead
+    quoted = at_start and _quote_mark.match(lead) is not None
     plain = at_start and not lead.strip(' \t')
     indent = len(lead) if at_start and not quoted else 0
     return _Opening(m[0], lang, min(stop + 1, len(text)), indent, quoted), start if plain else m.start(), at_start
@@ -311,7 +311,7 @@ def _read_tag(text, m, never, budget): # Part of the block in a tag, or None
 _answer = r'(?P<answer>FINAL(?:\\?_VAR)?)[(（]'
 _anywhere = _Pattern(r'(?<!\w)(?P<answer>FINAL(?:\\?_VAR)?)[ \t]*[(（]')
 _next_answer = _Pattern(r'^[ \t>*_#`-]*FINAL(?:\\?_VAR)?[(（]', re.M)
-_tokens = _Pattern(r'[()（）]|"""|\'\'\'|"|\'|^[ \t>]*(?:`{3,}|~{3,})|(?<=[:：] )`{3,}(?=\w*\r?$)', re.M)
+_tokens = _Pattern(r'[()（）]|"""|\'\'\'|"|\'|^[ \t>]*(?:`{3,}|~{3,})|(?:(?<=[:：] )|(?<=[(（]))`{3,}(?=\w*\r?$)', re.M)
 _string_ends = {q: _Pattern(rf'(?<!\\){q}(?![^\W_])') for q in ('"""', "'''", '"', "'")}
 _mark_in = _Pattern('`{3,}|~{3,}')
 _smiley = _Pattern(r"[:;=8][-o^']?[)）]$")
