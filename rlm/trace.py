@@ -39,6 +39,9 @@ def _call_dict(d): return dict(root_model='', prompt='', response='') | d | dict
 # %% ../nbs/06_trace.ipynb #cfdbeecf
 _protocols = dict(paper=PAPER, answer=ANSWER, nano=NANO)
 
+def _protocol_note(p): # A protocol of the caller's own may have the name of one of ours
+    return {} if p == _protocols.get(p.name) else dict(own_protocol=True)
+
 def protocol_of(
     run, # A LoggedRun
     protocol:Protocol|str|None=None, # The protocol, or the name of one of ours; None is the one that the log names
@@ -454,9 +457,6 @@ class CallStore:
     def __exit__(self, *_): self.close()
 
 # %% ../nbs/06_trace.ipynb #fcafc9df
-def _protocol_note(p): # A protocol of the caller's own may have the name of one of ours
-    return {} if p == _protocols.get(p.name) else dict(own_protocol=True)
-
 def _describe(engine, query, context): # What the metadata line says of a run
     cfg, lm, ns = engine.cfg, engine.lm, engine.ns
     name = type_name(type(ns))
