@@ -240,7 +240,6 @@ def main(
     try:
         code = run(args)
         sys.stdout.flush()
-        if argv is None: _end_output()
         return code
     except KeyboardInterrupt as e:
         done = getattr(e, 'result', None)
@@ -252,3 +251,5 @@ def main(
     except (RLMError, ValueError, OSError) as e:
         print(f'rlm: {e}', file=sys.stderr)
         return 1
+    finally:
+        if argv is None: _end_output()

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import CellType, CodeType, FunctionType, ModuleType
+from .answers import check_answer
+from .parsing import set_reasoning_aside
 from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, REPLResult, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, parse_code, preview)
 from .lm import LM, LMError, Reply, RLMError, Underway, get_lm, in_thread, on_loop, pickles, run_sync
 from .limits import Clock, Ledger, LimitExceeded, Limits, check_price, make_limits, metered
@@ -339,6 +341,12 @@ def _only(replies): # The one reply, or its error
     if isinstance(replies[0], SubcallError): raise replies[0].error
     return replies[0]
 
+def _reply_text(run, call, answer_all): # What the code gets of a reply: without its reasoning, and not longer than is allowed
+    text, n = call.response, run.limits.result_truncation_limit
+    if isinstance(text, SubcallError): return text
+    if answer_all is _ask_all: text = set_reasoning_aside(text)
+    return text if n is None else head_tail(text, n)
+
 def _subcalls(run, prompts, model, answer_all): # The replies to `prompts`
     prompts, block = check_prompts(prompts), current_block.get()
     if block is not None and run.over: raise RLMError('the run that this function belongs to is over')
@@ -347,8 +355,7 @@ def _subcalls(run, prompts, model, answer_all): # The replies to `prompts`
         calls = [RLMChatCompletion(lm.name, o, '') for o in prompts]
         (block.calls if block is not None and block.open else run.late).extend(calls)
         shielded(answer_all, run, calls, lm)
-    n = run.limits.result_truncation_limit
-    return [c.response if n is None or isinstance(c.response, SubcallError) else head_tail(c.response, n) for c in calls]
+    return [_reply_text(run, c, answer_all) for c in calls]
 
 @contextmanager
 def _recorded(run, call): # Around one sub-call: times it, turns its failure into a SubcallError, tells the watcher
@@ -489,7 +496,7 @@ def _begin(run, typed, query, context, shown): # The trajectory, once the scaffo
     msgs = build_rlm_system_prompt(context_metadata(ns, p.context_name), p, names=scaffold.bound.keys() - absent, system_prompt=cfg.system_prompt,
         max_iterations=cfg.max_iters, tools={k: describe_tool(k, v) for k,v in cfg.tools.items()},
         answer_form=typed.words if typed else '', extra=_earlier(n, p.context_name, visible(ns)))
-    return Trajectory(msgs, query, cfg.max_iters, p, shown, run.limits.max_errors, (lambda o: o) if typed is None else typed,
+    return Trajectory(msgs, query, cfg.max_iters, p, shown, run.limits.max_errors, check_answer if typed is None else typed, ns,
         cfg.compaction and cfg.compaction * run.lm.window, lambda msgs: _remember(run, question=query, turns=msgs))
 
 def _prepare(run, query, context, shown): # Bind everything, and begin

@@ -263,6 +263,9 @@ def _read(path): # A log file -> LoggedRun
     return runs[0]
 
 # %% ../nbs/06_trace.ipynb #f89b22d7
+def _protocol_note(p): # A protocol of the caller's own may have the name of one of ours
+    return {} if p == _protocols.get(p.name) else dict(own_protocol=True)
+
 def _trajectory(res): # An RLMResult in the form of the public engine in memory
     kids = {id(o.usage): o for o in res.children}
     its = [it.to_dict() for it in res.iterations]
