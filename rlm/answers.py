@@ -99,7 +99,7 @@ class FinalAnswer(str):
         self.value = str(self) if isinstance(value, FinalAnswer) else value
         return self
 
-_placeholder = re.compile(r'[<\[{("\'` ]*(?:(?:your|the) (?:final |best |own )*answer(?: here| itself)?|final answer(?: here)?|\.\.\.|…|answer|value)[>\]})"\'` .]*', re.I)
+_placeholder = re.compile(r'[<\[{("\'` ]*(?:your (?:final |best |own )*answer(?: here| itself)?|final answer(?: here)?|\.\.\.|…|answer|value)[>\]})"\'` .]*', re.I)
 _functions = (FunctionType, BuiltinFunctionType, MethodType)
 
 def never_answer(

@@ -680,12 +680,12 @@ def whole_answer(
     text:str, # The reply to the last call
     langs:Iterable=('repl',), # Languages that would have run
 )->str|None: # None where it is no answer
-    "A reply as the answer itself: without its reasoning, and unless it calls a tool or is nothing but code."
+    "A reply as the answer itself: without its reasoning, and unless it calls a tool, is nothing but code, or ends with a block that was meant to run."
     parts = read_reply(text)
     if any(p.kind == 'tool' for p in parts): return
-    prose = [p.text for p in parts if p.kind == 'prose' and re.search(r'\w', p.text)]
+    said = [p for p in parts if p.kind == 'prose' and re.search(r'\w', p.text)]
     code = [p for p in parts if p.kind == 'fence' and p.name not in _texts]
-    lead_in = all(o.strip(_edges).endswith(':') for o in prose) and any(p.name in langs for p in code)
-    if code and (not prose or lead_in): return
-    said = set_reasoning_aside(text).strip()
-    return None if no_answer(said) else said
+    goes_on = any(p.name in langs for p in code) and not any(p.start > code[-1].start for p in said) # It ends with a block that was meant to run
+    if code and not said or goes_on: return
+    whole = set_reasoning_aside(text).strip()
+    return None if no_answer(whole) else whole

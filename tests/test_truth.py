@@ -70,12 +70,12 @@ EMPTY = dict(frame=lambda: pytest.importorskip('pandas').DataFrame(), frame_full
 @pytest.mark.parametrize('name', EMPTY)
 def test_a_context_need_not_be_true(tmp_path, name):
     o, ns = EMPTY[name](), {}
-    turns = [block('x = context'), 'FINAL_VAR(x)']
+    turns = [block('x = [context]'), 'FINAL_VAR(x)'] # An empty text is no answer
     res = rlm_run('Go', o, ns, model=ScriptLM(turns), log=tmp_path/'run.jsonl', tools=dict(tool=o), on_event=lambda e: None)
-    assert res.value is o and ns['context'] is o and res.stop == 'answer'
+    assert res.value[0] is o and ns['context'] is o and res.stop == 'answer'
     assert replay(tmp_path/'run.jsonl', o, {}).same
     res._repr_html_(); res._repr_markdown_(); res.summary()
-    assert rlm_run('Again', o, ns, model=ScriptLM(turns)).value is o
+    assert rlm_run('Again', o, ns, model=ScriptLM(turns)).value[0] is o
     to_notebook(res, tmp_path/'run.ipynb')
     save_ns(ns, tmp_path/'ns.pkl')
     assert type(load_ns(tmp_path/'ns.pkl')['context']) is type(o)
