@@ -7,7 +7,7 @@ __all__ = ['BRIEF', 'COMMANDS', 'ContextError', 'read_file', 'read_context', 'te
            'ask', 'replay_parser', 'replay_command', 'main']
 
 # %% ../nbs/13_cli.ipynb #5b3515bd
-import argparse, ctypes, importlib, importlib.util, io, json, os, shutil, subprocess, sys
+import argparse, ctypes, functools, importlib, importlib.util, io, json, os, shutil, subprocess, sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from . import __version__
@@ -138,29 +138,37 @@ def open_ns(
         with VM() as vm, vm.ns() as ns: yield ns
 
 # %% ../nbs/13_cli.ipynb #7a0434bb
-@contextmanager
-def answer_alone():
-    "Whatever writes to standard output meanwhile, child processes too, writes to standard error; it is for the answer."
-    sys.stdout.flush()
-    try: own = os.dup(1)
-    except OSError: # There is none
-        yield
-        return
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        _flush_all()
-        os.dup2(own, 1)
-        os.close(own)
-
 def _flush_all(): # What is still on its way, in Python and in C
     with suppress(ValueError, OSError): sys.stdout.flush()
     with suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).fflush(None)
 
-def _end_output(): # What threads, exit functions and children write after the answer is not it
-    _flush_all()
-    with suppress(OSError): os.dup2(2, 1)
+def _write_to(fd, text): # A line, past whatever `sys.stdout` has become
+    how = dict(encoding=sys.stdout.encoding or 'utf-8', errors=sys.stdout.errors or 'strict')
+    data = memoryview(f'{text}\n'.replace('\n', os.linesep).encode(**how))
+    while len(data): data = data[os.write(fd, data):]
+
+def _is_real(): # Is standard output that of the process?
+    try: return sys.stdout.fileno() == 1
+    except (AttributeError, OSError, ValueError): return False
+
+@contextmanager
+def answer_alone(
+    for_good:bool=False, # Also after the `with`, up to the end of the process: threads, exit functions and children go on writing
+): # A function that writes a line of the answer
+    "Whatever writes to standard output meanwhile, child processes too, writes to standard error; it is for the answer."
+    sys.stdout.flush()
+    real = _is_real()
+    try: own = os.dup(1)
+    except OSError: # There is none
+        yield print
+        return
+    os.dup2(2, 1)
+    try: yield functools.partial(_write_to, own) if real else print
+    finally:
+        _flush_all()
+        if not for_good: os.dup2(own, 1)
+        os.close(own)
+
 
 # %% ../nbs/13_cli.ipynb #d3d08980
 def ask(
@@ -176,11 +184,11 @@ def ask(
     context = read_context(files, args.encoding)
     if args.keep_context and not args.log: raise ContextError('--keep-context goes with --log')
     log = RunLog(args.log, keep_context=True) if args.keep_context else args.log
-    with answer_alone(), open_ns(args.ns) as ns:
+    with answer_alone(getattr(args, 'alone', False)) as say, open_ns(args.ns) as ns:
         res = rlm_run(question, context, ns, args.model, args.max_iters, sub_model=args.sub_model, limits=dict(args.limit), log=log, store=args.store,
             protocol=dict(paper=PAPER, answer=ANSWER, nano=NANO)[args.protocol], on_event=watch if args.verbose else None)
-    if args.json: print(_as_json(res))
-    elif res.answer is not None: print(res.answer)
+        if args.json: say(_as_json(res))
+        elif res.answer is not None: say(res.answer)
     if args.verbose: print(*_usage_lines(res), sep='\n', file=sys.stderr)
     if res.answer is None: print(f'rlm: no answer: {res.summary()}', file=sys.stderr)
     elif 'offline' in res.usage.model_usage_summaries: print('rlm: the offline model is no language model: it searches, and quotes what fits best', file=sys.stderr)
@@ -208,11 +216,12 @@ def replay_command(
     if args.run is not None and not 1 <= args.run <= len(runs): raise TraceError(f'{args.log} holds {len(runs)} run{"s" * (len(runs) != 1)}: there is no run {args.run}')
     context = read_context(args.files, args.encoding) if args.files else None
     chosen, same = range(1, len(runs) + 1) if args.run is None else [args.run], True
-    for k in chosen:
-        with answer_alone(), open_ns(args.ns) as ns: report = replay(runs[k - 1], context, ns, rollback=args.rollback, protocol=args.protocol)
-        if len(runs) > 1: print(f'run {k} of {len(runs)}:')
-        print(report)
-        same = same and report.same
+    with answer_alone(getattr(args, 'alone', False)) as say:
+        for k in chosen:
+            with open_ns(args.ns) as ns: report = replay(runs[k - 1], context, ns, rollback=args.rollback, protocol=args.protocol)
+            if len(runs) > 1: say(f'run {k} of {len(runs)}:')
+            say(report)
+            same = same and report.same
     return int(not same)
 
 # %% ../nbs/13_cli.ipynb #df945386
@@ -237,10 +246,10 @@ def main(
     "The `rlm` command."
     from rlm.lm import RLMError
     run, args = _chosen(sys.argv[1:] if argv is None else argv)
+    args.alone = argv is None # A process of its own ends with its answer
     try:
         code = run(args)
         sys.stdout.flush()
-        if argv is None: _end_output()
         return code
     except KeyboardInterrupt as e:
         done = getattr(e, 'result', None)

@@ -17,7 +17,7 @@ from ._rlmpaper_compat import FinalAnswer, REPLResult, RLM_SYSTEM_PROMPT, parse_
 from .core import Run, RunConfig, SubcallError, check_prompts, finish
 from .limits import Ledger, LimitExceeded, Limits
 from .lm import FnLM, LM, LMError, RLMError, Reply, Usage, get_lm, in_thread
-from .repl import BlockTimeout, Scaffold, bind, exec_code, outside_block, summarize, unbind
+from .repl import BlockTimeout, Scaffold, bind, exec_code, is_said, outside_block, summarize, unbind
 
 # %% ../nbs/11_runner.ipynb #248837d3
 @dataclass
@@ -253,14 +253,15 @@ class LocalREPLEnv:
         if self._state is None: raise RuntimeError('there is no episode: the environment is closed, or was never reset; call reset()')
         return self._state
     def _bound(self): # The functions of the namespace
-        q, qs = self.llm_query_fn, self.llm_batch_fn or _batched(self.llm_query_fn)
+        q, qs = self.llm_query_fn, _batched(self.llm_query_fn) if self.llm_batch_fn is None else self.llm_batch_fn
         r, rs = self.subcall_fn or q, self.subcall_batch_fn or _batched(self.subcall_fn) or qs
         return _functions(_as_called(q, 'llm_query', 'llm_query_fn'), _as_called(qs, 'llm_query_batched', 'llm_batch_fn', True),
             _as_called(r, 'rlm_query', 'subcall_fn'), _as_called(rs, 'rlm_query_batched', 'subcall_batch_fn', True))
     def _conclude(self, s, res): # Is there an answer, or no step left?
         answer = res.final_answer if res.final_answer is not None else printed_final(res.stdout, self.ns, s.context)
         if answer is None and not self._done and s.iteration >= s.max_iterations:
-            answer, self._done = self.ns['__rlm__'].answer['content'] or None, True
+            draft, self._done = self.ns['__rlm__'].answer['content'], True
+            answer = draft if is_said(draft) else None
             res.notes.append(f'Maximum iterations ({s.max_iterations}) reached.')
         if answer is not None: s.final_answer, self._done = str(answer), True
     def _observe(self, res, reward=None):

@@ -39,6 +39,9 @@ def _call_dict(d): return dict(root_model='', prompt='', response='') | d | dict
 # %% ../nbs/06_trace.ipynb #cfdbeecf
 _protocols = dict(paper=PAPER, answer=ANSWER, nano=NANO)
 
+def _protocol_note(p): # A protocol of the caller's own may have the name of one of ours
+    return {} if p == _protocols.get(p.name) else dict(own_protocol=True)
+
 def protocol_of(
     run, # A LoggedRun
     protocol:Protocol|str|None=None, # The protocol, or the name of one of ours; None is the one that the log names

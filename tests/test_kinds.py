@@ -108,8 +108,10 @@ def test_the_namespace_between_turns(ns):
 
 def test_save_and_load(ns, tmp_path):
     run(ns, [block('rows = [1, 2]\ndef f(): pass'), 'FINAL(a)'])
-    assert save_ns(ns, tmp_path / 'ns.pkl') == ['f']
-    assert load_ns(tmp_path / 'ns.pkl') == dict(context='some text', rows=[1, 2], history=[dict(question='Go', answer='a')])
+    assert save_ns(ns, tmp_path / 'ns.pkl') == ([] if type(ns) is dict else ['f']) # Of a block in this process the source is there
+    back = load_ns(tmp_path / 'ns.pkl')
+    if type(ns) is dict: assert back.pop('f')() is None
+    assert back == dict(context='some text', rows=[1, 2], history=[dict(question='Go', answer='a')])
 
 # Code
 

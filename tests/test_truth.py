@@ -65,7 +65,7 @@ def test_resume_and_rewind_fill_a_new_store(tmp_path):
 
 EMPTY = dict(frame=lambda: pytest.importorskip('pandas').DataFrame(), frame_full=lambda: pytest.importorskip('pandas').DataFrame(dict(a=[1, 2])),
     array=lambda: pytest.importorskip('numpy').zeros(0), array_full=lambda: pytest.importorskip('numpy').zeros((2, 3)),
-    text=lambda: '', list=list, dict=dict, zero=lambda: 0, false=lambda: False, bytes=lambda: b'')
+    list=list, dict=dict, zero=lambda: 0, false=lambda: False, bytes=lambda: b'')
 
 @pytest.mark.parametrize('name', EMPTY)
 def test_a_context_need_not_be_true(tmp_path, name):
@@ -86,6 +86,15 @@ def test_an_answer_need_not_be_true(name):
     res = rlm_run('Go', 'abc', model=ScriptLM([block('FINAL(make())')]), tools=dict(make=lambda: o))
     assert res.value is o and res.stop == 'answer'
     assert pickle.loads(pickle.dumps(res)).answer == res.answer
+
+@pytest.mark.parametrize('name', ['frame', 'frame_full', 'array', 'array_full', 'list', 'dict', 'zero'])
+def test_what_is_put_into_answer_need_not_be_true(name):
+    o = EMPTY[name]()
+    for code in ('answer["content"] = make(); answer["ready"] = True', 'answer["content"] = make(); FINAL_VAR("answer")'):
+        res = rlm_run('Go', 'abc', model=ScriptLM([block(code)]), tools=dict(make=lambda: o))
+        assert res.value is o and res.stop == 'answer'
+    res = rlm_run('Go', 'abc', model=ScriptLM([block('answer["content"] = make(); answer["ready"] = []'), '']), tools=dict(make=lambda: o), max_iters=1)
+    assert res.value is o
 
 class Namespace(dict):
     "Always false."
@@ -354,7 +363,7 @@ later = subprocess.Popen(["sh", "-c", "sleep 1; echo noise"])
 atexit.register(print, "noise"); atexit.register(os.write, 1, b"noise\\n")
 threading.Thread(target=os.write, args=(1, b"noise\\n")).start()
 %s
-FINAL("the answer")"""
+FINAL("blue " + "whale")"""
 RUN = """import sys
 from rlm import ScriptLM
 import rlm.lm, rlm.core, rlm.cli
@@ -370,7 +379,7 @@ def test_only_the_answer_is_on_standard_output(tmp_path, flags, more):
     args = [sys.executable, '-c', RUN, block(NOISE % more), 'ask', *flags, 'What?', str(tmp_path/'c.txt')]
     p = subprocess.run(args, capture_output=True, text=True, timeout=WAITS, env=environment())
     assert p.returncode == 0, p.stderr
-    assert (json.loads(p.stdout)['answer'] if flags else p.stdout.removesuffix('\n')) == 'the answer'
+    assert (json.loads(p.stdout)['answer'] if flags else p.stdout.removesuffix('\n')) == 'blue whale'
 
 # How values are described
 
