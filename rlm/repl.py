@@ -16,35 +16,64 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import BuiltinFunctionType, FunctionType, ModuleType
+from .output import Terminal, has_codes
 from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail, parse_code, type_module, type_name
 
 # %% ../nbs/01_repl.ipynb #3a76b0a5
 class CappedText:
-    "Text that keeps its head and its tail, each half of `cap` characters at most."
+    "Text as a terminal shows it: its head and its tail, each half of `cap` characters at most."
     def __init__(self,
         cap:int=200_000, # Characters to keep
     ):
-        self.half, self.n, self.lock = max(cap // 2, 1), 0, threading.Lock()
+        self.half, self.n, self.lock = max(cap // 2, 1), 0, threading.RLock()
         self.head, self.tail, self.tail_n = [], [], 0
+        self.terminal = self.decoder = None # Where there is need of one
     def write(self,
         s:str, # More text
     )->int: # Its length
         if not isinstance(s, str): raise TypeError(f'write() argument must be str, not {type(s).__name__}')
-        if s: self._add(s)
-        return len(s)
-    def _add(self, s):
+        n = len(s)
+        if n == 0: return 0
         with self.lock:
+            if self.terminal is not None or '\r' in s or '\b' in s or '\x1b' in s: s = self._resolve(s)
             room = max(self.half - self.n, 0)
             self.n += len(s)
             if room: self.head.append(s[:room])
             if len(s) > room: self._keep(s[max(room, len(s) - self.half):])
+        return n
+    def write_bytes(self,
+        b, # More text, as UTF-8; a character may come in parts
+    )->int: # How many bytes
+        "Write what is not decoded yet."
+        with self.lock:
+            if self.decoder is None: self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+            self.write(self.decoder.decode(b))
+        return len(b)
     def _keep(self, s):
         self.tail.append(s); self.tail_n += len(s)
         if self.tail_n > 4 * self.half: self.tail = [''.join(self.tail)[-self.half:]]; self.tail_n = self.half
+    def _resolve(self, s): # What of it can no longer change
+        if self.terminal is None:
+            s = s.replace('\r\n', '\n')
+            if not has_codes(s): return s
+            self.terminal, s = Terminal(), self._take_back() + s
+        return self.terminal.feed(s)
+    def _take_back(self): # The last lines of what is kept: they are on the screen
+        parts = self.tail if self.tail else self.head
+        text = ''.join(parts)[-self.half:]
+        last = text[-20_000:]
+        parts[:] = [text[:len(text) - len(last)]]
+        self.n -= len(last)
+        if parts is self.tail: self.tail_n = len(parts[0])
+        return last
     def text(self)->str: # Head, a line on what was cut, tail
         "What was written, cut in its middle."
-        with self.lock: head, tail = ''.join(self.head), ''.join(self.tail)[-self.half:]
-        cut = self.n - len(head) - len(tail)
+        with self.lock:
+            head, tail, n = ''.join(self.head), ''.join(self.tail), self.n
+            screen = '' if self.terminal is None else self.terminal.screen()
+        room = max(self.half - n, 0)
+        head, tail, n = head + screen[:room], (tail + screen[room:])[-self.half:], n + len(screen)
+        cut = n - len(head) - len(tail)
         return head + (f'\n... [{cut:,} characters cut] ...\n' if cut else '') + tail
 
 # %% ../nbs/01_repl.ipynb #bd818431
