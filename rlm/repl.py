@@ -9,14 +9,14 @@ __all__ = ['current_block', 'grace', 'CappedText', 'Block', 'outside_block', 'su
            'CodeThread', 'exec_code', 'unnumbered']
 
 # %% ../nbs/01_repl.ipynb #41296eea
-import ast, builtins, codecs, contextvars, ctypes, functools, itertools, json, linecache, os, random, re, signal, subprocess, sys, threading, time, traceback
+import ast, builtins, codecs, contextvars, ctypes, functools, inspect, io, itertools, json, linecache, os, random, re, signal, subprocess, sys, threading, time, traceback
 from collections import deque
 from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from .output import Terminal, has_codes
+from .output import ChildPipes, FdText, Terminal, has_codes
 from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail, parse_code, type_module, type_name
 
 # %% ../nbs/01_repl.ipynb #3a76b0a5
@@ -81,7 +81,17 @@ class Block:
     "A block while it runs: where its output and its sub-calls go."
     def __init__(self,
         max_output:int=200_000, # Characters to keep of each stream
-    ): self.stdout, self.stderr, self.calls, self.open = CappedText(max_output), CappedText(max_output), [], True
+    ): self.stdout, self.stderr, self.calls, self.open, self.children = CappedText(max_output), CappedText(max_output), [], True, []
+    def watch(self,
+        pipes:ChildPipes, # Of a child process that has just started
+    ):
+        "Take what a child prints."
+        with outside_block(): pipes.start()
+        if len(pipes.texts) > 0: self.children.append(pipes)
+    def drain(self):
+        "Take what the children have printed by now."
+        for o in self.children: o.drain()
+        self.children = [o for o in self.children if len(o.texts) > 0]
 
 current_block = contextvars.ContextVar('rlm_block', default=None)
 
@@ -92,27 +102,150 @@ def outside_block():
     try: yield
     finally: current_block.reset(token)
 
-class _Bytes: # What `sys.stdout.buffer` is inside a block
-    def __init__(self, text): self.text, self.dec = text, codecs.getincrementaldecoder('utf-8')('replace')
-    def write(self, b): self.text.write(self.dec.decode(bytes(b))); return len(b)
+class _Bytes(io.BufferedIOBase): # What `sys.stdout.buffer` is inside a block. Nothing closes it, and what comes late goes to that block
+    closed = False
+    def __init__(self, stream): self.stream, self.text = stream, stream.sink()
+    def write(self, b):
+        text = self.stream.sink()
+        data = memoryview(b).tobytes()
+        return (self.text if text is None else text).write_bytes(data)
+    def writable(self): return True
     def flush(self): pass
+    def close(self): pass
+    def detach(self): return self
+    def __del__(self): pass
 
 class _Routed:
     "A standard stream whose text goes to the block that is running in this context."
-    def __init__(self, real, name): self.real, self.name = real, name
-    def _sink(self): return getattr(current_block.get(), self.name, None)
-    def write(self, s): return (self._sink() or self.real).write(s)
-    def writelines(self, lines): 
+    __slots__ = 'real', 'which', '__weakref__' # Code cannot hang anything on it, for it is everybody's
+    def __init__(self, real, which): self.real, self.which = real, which
+    def sink(self): # The text of the block that runs in this context, or None
+        block = current_block.get()
+        if block is None: return
+        if len(block.children) > 0: shielded(block.drain)
+        return getattr(block, self.which)
+    def write(self, s):
+        text = self.sink()
+        return (self.real if text is None else text).write(s)
+    def writelines(self, lines):
         for s in lines: self.write(s)
-    def flush(self): 
-        if not self._sink(): self.real.flush()
+    def flush(self):
+        if current_block.get() is None: self.real.flush()
     def close(self):
-        if not self._sink(): self.real.close()
+        if current_block.get() is None: self.real.close()
+    def __enter__(self): return self
+    def __exit__(self, *args): self.close()
     def detach(self): return self.buffer
-    def isatty(self): return not self._sink() and self.real.isatty()
+    def isatty(self): return current_block.get() is None and self.real.isatty()
     @property
-    def buffer(self): return _Bytes(self._sink()) if self._sink() else self.real.buffer
-    def __getattr__(self, k): return getattr(self.real, k)
+    def buffer(self): return self.real.buffer if current_block.get() is None else _Bytes(self)
+    @property
+    def name(self): return f'<{self.which}>' if current_block.get() is not None else self.real.name
+    def __getattr__(self, k):
+        if current_block.get() is None: return getattr(self.real, k)
+        own = io.TextIOWrapper(_Bytes(self), 'utf-8', line_buffering=True, write_through=True) # Has no descriptor, and is nobody else's
+        return getattr(own, k) if hasattr(io.TextIOWrapper, k) else getattr(self.real, k)
+
+def _flush_wrappers(streams): # What code has put into the place of a stream may hold text back
+    for name, o in zip(_streams, streams):
+        now = getattr(sys, name, None)
+        if now is not o and type(now) is io.TextIOWrapper and not now.closed: now.flush()
+
+# %% ../nbs/01_repl.ipynb #0b000021
+_real_popen, _real_system = subprocess.Popen.__init__, os.system
+_popen_signature = inspect.signature(_real_popen)
+
+def _inherits(value, which, block): # The text for a stream of a child, if it would be one of ours
+    if isinstance(value, _Bytes): value = value.stream
+    if isinstance(value, _Routed): which = value.which
+    elif value is not None: return
+    return getattr(block, which)
+
+def _pipes_for_child(): # (block, pipes) where a child of this context has to be heard; a forked one has its descriptors already
+    block = current_block.get()
+    return (None, None) if block is None or type(block.stdout) is FdText else (block, ChildPipes())
+
+@functools.wraps(_real_popen)
+def _popen(*args, **kw): # `subprocess.Popen.__init__`
+    block = current_block.get()
+    if block is None: return _real_popen(*args, **kw)
+    given, pipes = _popen_signature.bind(*args, **kw), ChildPipes()
+    for which in ('stdout', 'stderr'):
+        text = _inherits(given.arguments.get(which), which, block)
+        if type(text) is FdText: given.arguments[which] = text.fd
+        elif text is not None: given.arguments[which] = pipes.writer(text)
+    if given.arguments.get('stdin') is None: given.arguments['stdin'] = subprocess.DEVNULL
+    try: return _real_popen(*given.args, **given.kwargs)
+    finally: shielded(block.watch, pipes)
+
+@functools.wraps(_real_system)
+def _system(command): # `os.system`
+    if current_block.get() is None: return _real_system(command)
+    p = subprocess.Popen(command, shell=True)
+    try: _await(p, None)
+    except BaseException:
+        p.kill()
+        p.wait()
+        raise
+    if os.name == 'nt': return p.returncode
+    return -p.returncode if p.returncode < 0 else p.returncode << 8
+
+def _spawner(spawn): # `os.posix_spawn` and its like
+    @functools.wraps(spawn)
+    def spawn_in_block(path, argv, env, *, file_actions=(), **kw):
+        block, pipes = _pipes_for_child()
+        if block is None: return spawn(path, argv, env, file_actions=file_actions, **kw)
+        ours = [(os.POSIX_SPAWN_DUP2, pipes.writer(text), fd) for fd, text in ((1, block.stdout), (2, block.stderr))]
+        more = () if file_actions is None else file_actions
+        try: return spawn(path, argv, env, file_actions=[*ours, *more], **kw)
+        finally: shielded(block.watch, pipes)
+    return spawn_in_block
+
+def _forker(fork_exec): # What `multiprocessing` starts its processes with, where it does not fork
+    @functools.wraps(fork_exec)
+    def fork_exec_in_block(*args):
+        block, pipes = _pipes_for_child()
+        helper = b'multiprocessing.resource_tracker' in b' '.join(map(os.fsencode, args[0])) # It serves the whole process
+        if block is None or helper or args[9] != -1: return fork_exec(*args)
+        ours = (*args[:9], pipes.writer(block.stdout), args[10], pipes.writer(block.stderr), *args[12:])
+        try: return fork_exec(*ours)
+        finally: shielded(block.watch, pipes)
+    return fork_exec_in_block
+
+def _install_for_children(): # Idempotent
+    subprocess.Popen.__init__, os.system = _popen, _system
+    for name in ('posix_spawn', 'posix_spawnp'):
+        spawn = getattr(os, name, None)
+        if spawn is not None and not hasattr(spawn, '__wrapped__'): setattr(os, name, _spawner(spawn))
+    low = sys.modules.get('_posixsubprocess')
+    if low is not None and not hasattr(low.fork_exec, '__wrapped__'): low.fork_exec = _forker(low.fork_exec)
+
+# %% ../nbs/01_repl.ipynb #0b000022
+_forking = threading.local() # What the thread that forks has made ready
+
+def _fd_id(fd): # What a descriptor is, or None
+    try: o = os.fstat(fd)
+    except OSError: return
+    return o.st_dev, o.st_ino
+
+def _before_fork_in_block():
+    block, _forking.pipes = _pipes_for_child()
+    if block is not None: _forking.ends = [(fd, _fd_id(fd), _forking.pipes.writer(text)) for fd, text in ((1, block.stdout), (2, block.stderr))]
+
+def _after_fork_in_parent():
+    block, pipes = current_block.get(), _forking.pipes
+    if pipes is not None: block.watch(pipes)
+
+def _after_fork_in_child():
+    block, pipes = current_block.get(), _forking.pipes
+    if pipes is None: return
+    for fd, was, w in _forking.ends:
+        if _fd_id(fd) == was: os.dup2(w, fd) # Else it has a terminal of its own
+        os.close(w)
+    for r in pipes.texts: os.close(r)
+    block.stdout, block.stderr, block.children = FdText(1), FdText(2), []
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(before=_before_fork_in_block, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 # %% ../nbs/01_repl.ipynb #a1cfb668
 def _start_with_context(self, _start=threading.Thread.start):
@@ -132,6 +265,7 @@ def _install(): # Idempotent, and again after somebody else replaced a stream; r
         real = getattr(sys, name, None)
         if not isinstance(real, _Routed): setattr(sys, name, _Routed(real or open(os.devnull, 'w'), name.strip('_')))
     if threading.Thread.start is not _start_with_context: threading.Thread.start = _start_with_context
+    if subprocess.Popen.__init__ is not _popen or os.system is not _system: _install_for_children()
     return [getattr(sys, name) for name in _streams]
 
 # %% ../nbs/01_repl.ipynb #9ce0c348
@@ -547,10 +681,6 @@ def _on_thread(block, job, timeout, thread): # Run `job` on a CodeThread; return
     return BlockTimeout(f'stopped after {timeout:g} s' if late else 'interrupted').with_traceback(err.__traceback__)
 
 # %% ../nbs/01_repl.ipynb #77deea19
-def _pump(f, text): # What is there, as it comes
-    dec = codecs.getincrementaldecoder('utf-8')('replace')
-    for b in iter(lambda: os.read(f.fileno(), 65536), b''): text.write(dec.decode(b))
-
 def _await(p, timeout): # Until a process ends. What is raised in another thread comes only between two bytecodes, so it looks again and again
     t0, pause = time.monotonic(), .0005
     while p.poll() is None:
@@ -558,15 +688,13 @@ def _await(p, timeout): # Until a process ends. What is raised in another thread
         interruptible(time.sleep, pause := min(2 * pause, .05))
 
 def _run_bash(code, block, timeout): # Foreign code in a process of its own; nothing of it is left where it is interrupted
-    kw = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    p = subprocess.Popen(['bash', '-c', code], start_new_session=True, **kw)
-    with outside_block():
-        pumps = [threading.Thread(target=_pump, args=a, daemon=True) for a in ((p.stdout, block.stdout), (p.stderr, block.stderr))]
-        for o in pumps: o.start()
+    pipes = ChildPipes()
+    kw = dict(stdin=subprocess.DEVNULL, stdout=pipes.writer(block.stdout), stderr=pipes.writer(block.stderr))
+    try: p = subprocess.Popen(['bash', '-c', code], start_new_session=True, **kw)
+    finally: block.watch(pipes)
     try: _await(p, timeout)
     except BaseException: os.killpg(p.pid, signal.SIGKILL); p.wait(); raise
-    finally:
-        for o in pumps: o.join(1)
+    finally: block.drain()
     if p.returncode: block.stderr.write(f'exit code {p.returncode}\n')
 
 # %% ../nbs/01_repl.ipynb #5d3d892b
@@ -600,7 +728,8 @@ def _guarded(job, block, timeout, thread): # Run foreign code; returns (exceptio
 def _newest(names, n=50): # The last of them: a record of all, after each block, would grow with the square of the blocks
     return names if len(names) <= n else {'...': f'{len(names) - n:,} more', **dict(list(names.items())[-n:])}
 
-def _finish(res, ns, scaffold): # What is said of the namespace after a block; may run code of its objects
+def _finish(res, ns, scaffold, streams): # What is said of the namespace after a block; may run code of its objects
+    _flush_wrappers(streams)
     try:
         if scaffold is not None: res.final_answer, res.notes = settle(scaffold)
     finally: res.locals = _newest(summarize_ns(ns) if scaffold is None else scaffold.visible())
@@ -625,8 +754,9 @@ def exec_code(
     def job(): shielded(_run_bash, code, block, timeout) if bash else _run(code, ns, max_output)
     err, ctrl_c = _guarded(job, block, None if bash else timeout, thread)
     block.open = True
-    odd, again = _guarded(lambda: _finish(res, ns, scaffold), block, grace, thread)
+    odd, again = _guarded(lambda: _finish(res, ns, scaffold, streams), block, grace, thread)
     for name, o in zip(_streams, streams): setattr(sys, name, o) # The code may have put anything there
+    if len(block.children) > 0: block.drain()
     block.open, res.execution_time, res.llm_calls = False, time.perf_counter() - t0, block.calls
     return _result(res, block, err or odd, ctrl_c or again)
 

@@ -90,3 +90,142 @@ def test_a_bar_in_the_middle_of_much_text():
 @posix
 def test_bash_too():
     assert exec_code(r"printf 'a\rb\n\033[31mred\033[0m\n'", {}, lang='bash').stdout == 'b\nred\n'
+
+# Streams
+
+STREAMS = {
+    'a text wrapper': ('import io\nw = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", line_buffering=True)\nw.write("é\\n"); None', 'é\n', ''),
+    'a text wrapper as stdout': ('import io\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8")\nprint("a")', 'a\n', ''),
+    'a text wrapper as stderr': ('import io\nsys.stderr = io.TextIOWrapper(sys.stderr.buffer, encoding="latin-1")\nprint("a", file=sys.stderr)', '', 'a\n'),
+    'a wrapper that is gone': ('import io, gc\ndef f(): io.TextIOWrapper(sys.stdout.buffer).write("a\\n")\nf(); gc.collect()\nprint("b")', 'a\nb\n', ''),
+    'a buffered writer': ('import io\nw = io.BufferedWriter(sys.stdout.buffer)\nw.write(b"a"); w.flush(); w.close()\nprint("b")', None, ''),
+    'codecs': ('import codecs\nw = codecs.getwriter("utf-8")(sys.stdout.buffer)\nw.write("é"); None', 'é', ''),
+    'a detached one': ('import io\nw = io.TextIOWrapper(sys.stdout.detach(), encoding="utf-8")\nw.write("a"); w.flush()', 'a', ''),
+    'reconfigure': ('sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)\nprint("a")', 'a\n', ''),
+    'what it says of itself': ('print(sys.stdout.encoding, sys.stdout.errors, sys.stdout.closed, sys.stdout.name, sys.stdout.writable(), sys.stdout.readable(), sys.stdout.seekable())', 'utf-8 strict False <stdout> True False False\n', ''),
+    'fileno': ('import io\ntry: sys.stdout.fileno()\nexcept io.UnsupportedOperation: print("none")', 'none\n', ''),
+    'fileno of the buffer': ('import io\ntry: sys.stderr.buffer.fileno()\nexcept OSError: print("none")', 'none\n', ''),
+    'seek': ('import io\ntry: sys.stdout.seek(0)\nexcept io.UnsupportedOperation: print("none")', 'none\n', ''),
+    'truncate': ('import io\ntry: sys.stdout.truncate(0)\nexcept OSError: print("none")', 'none\n', ''),
+    'reading': ('import io\ntry: sys.stdout.read()\nexcept OSError: print("none")', 'none\n', ''),
+    'closing': ('import contextlib\nwith contextlib.closing(sys.stdout): print("a")\nprint("b", sys.stdout.closed)', 'a\nb False\n', ''),
+    'with': ('with sys.stdout as f: f.write("a\\n")\nprint("b")', 'a\nb\n', ''),
+    'closing the buffer': ('sys.stdout.buffer.close()\nsys.stdout.buffer.write(b"a"); None', 'a', ''),
+    'redirected': ('import contextlib, io\nwith contextlib.redirect_stdout(io.StringIO()) as f: print("in")\nprint(f.getvalue(), end="")', 'in\n', ''),
+    'redirected to the other': ('import contextlib\nwith contextlib.redirect_stdout(sys.stderr): print("b")', '', 'b\n'),
+    'the first streams': ('print("b", file=sys.__stderr__)\nprint("a", file=sys.__stdout__)', 'a\n', 'b\n'),
+    'bytes in parts': ('for b in "é€".encode(): sys.stdout.buffer.write(bytes([b]))\nNone', 'é€', ''),
+    'a memoryview': ('import array\nsys.stdout.buffer.write(array.array("B", b"ab")); sys.stdout.buffer.write(memoryview(b"c")); None', 'abc', ''),
+    'text to the buffer': ('try: sys.stdout.buffer.write("a")\nexcept TypeError: print("no")', 'no\n', ''),
+    'another write': ('try: sys.stdout.write = None\nexcept AttributeError: print("no")', 'no\n', ''),
+    'writelines': ('sys.stdout.buffer.writelines([b"a", b"b"])', 'ab', ''),
+}
+
+@on_both
+@pytest.mark.parametrize('what', STREAMS)
+def test_a_stream_is_the_blocks(what, off_main, capfd):
+    code, out, err = STREAMS[what]
+    ns, real = {}, (sys.stdout, sys.stderr)
+    res = at(off_main, exec_code, f'import sys\n{code}', ns)
+    assert res.error is None, res.stderr
+    assert out is None or (res.stdout, res.stderr) == (out, err)
+    ns.clear()
+    assert [o.closed for o in real] == [False, False] and capfd.readouterr() == ('', '')
+    assert at(off_main, exec_code, 'print("alive")', {}).stdout == 'alive\n'
+
+def test_a_wrapper_that_is_kept_writes_to_the_block_that_runs(capfd):
+    ns = {}
+    exec_code('import io, sys\nw = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", write_through=True)', ns)
+    assert exec_code('w.write("two\\n"); None', ns).stdout == 'two\n'
+    assert exec_code('w.close()', ns).error is None
+    exec_code('import io, sys\nlate = io.TextIOWrapper(sys.stdout.buffer)\nlate.write("late"); None', ns)
+    ns.clear()
+    assert capfd.readouterr() == ('', '')
+
+def test_a_handler_of_an_earlier_block_logs_into_the_one_that_runs():
+    p = script('''
+        from rlm import exec_code
+        exec_code('import logging, sys; logging.basicConfig(stream=sys.stdout, format="%(message)s"); logging.getLogger("x").addHandler(logging.StreamHandler())', {})
+        res = exec_code('import logging; logging.getLogger("x").warning("careful")', {})
+        assert (res.stdout, res.stderr) == ('careful\\n', 'careful\\n'), res''')
+    assert (p.returncode, p.stdout, p.stderr) == (0, '', '')
+
+# Child processes
+
+CHILDREN = {
+    'system': ('import os\nos.system("echo out; echo err >&2; exit 3")', 'out\n768\n', 'err\n'),
+    'run': ('import subprocess\nsubprocess.run(["sh", "-c", "echo out; echo err >&2"]).returncode', 'out\n0\n', 'err\n'),
+    'call': ('import subprocess\nsubprocess.call("echo out", shell=True)', 'out\n0\n', ''),
+    'check_call': ('import subprocess\nprint("a"); subprocess.check_call("echo out", shell=True); print("b")', 'a\nout\n0\nb\n'.replace('0\n', ''), ''),
+    'Popen': ('import subprocess\np = subprocess.Popen("echo out", shell=True)\np.wait()', 'out\n0\n', ''),
+    'captured': ('import subprocess\nsubprocess.run("echo out; echo err >&2", shell=True, stdout=subprocess.PIPE, text=True).stdout', "'out\\n'\n", 'err\n'),
+    'check_output': ('import subprocess\nsubprocess.check_output("echo out; echo err >&2", shell=True)', "b'out\\n'\n", 'err\n'),
+    'stderr to stdout': ('import subprocess\nsubprocess.run("echo err >&2", shell=True, stderr=subprocess.STDOUT).returncode', 'err\n0\n', ''),
+    'to our streams': ('import subprocess, sys\nsubprocess.run("echo out; echo err >&2", shell=True, stdout=sys.stderr, stderr=sys.stdout.buffer).returncode', 'err\n0\n', 'out\n'),
+    'devnull': ('import subprocess\nsubprocess.run("echo out", shell=True, stdout=subprocess.DEVNULL).returncode', '0\n', ''),
+    'positional': ('import subprocess\nsubprocess.Popen("echo out", -1, None, None, None, None, None, True, True).wait()', 'out\n0\n', ''),
+    'popen': ('import os\nos.popen("echo out; echo err >&2").read()', "'out\\n'\n", 'err\n'),
+    'asyncio': ('import asyncio\nasync def f():\n  p = await asyncio.create_subprocess_shell("echo out")\n  return await p.wait()\nasyncio.run(f())', 'out\n0\n', ''),
+    'stdin': ('import subprocess\nsubprocess.run("cat").returncode', '0\n', ''),
+    'posix_spawn': ('import os\npid = os.posix_spawnp("sh", ["sh", "-c", "echo out"], os.environ)\nos.waitpid(pid, 0)[1]', 'out\n0\n', ''),
+    'spawnlp': ('import os\nos.spawnlp(os.P_WAIT, "sh", "sh", "-c", "echo out; echo err >&2")', 'out\n0\n', 'err\n'),
+    'fork': ('import os\npid = os.fork()\nif pid == 0:\n  print("out"); os.write(1, b"raw\\n"); os._exit(0)\nos.waitpid(pid, 0)[1]', 'out\nraw\n0\n', ''),
+    'fork and exec': ('import os\npid = os.fork()\nif pid == 0: os.execlp("echo", "echo", "out")\nos.waitpid(pid, 0)[1]', 'out\n0\n', ''),
+    'a child of a fork': ('import os\npid = os.fork()\nif pid == 0:\n  os.system("echo out"); os._exit(0)\nos.waitpid(pid, 0)[1]', None, ''),
+    'multiprocessing': ('import multiprocessing as m\np = m.get_context("fork").Process(target=print, args=["out"])\np.start(); p.join(); p.exitcode', 'out\n0\n', ''),
+    'multiprocessing, spawned': ('import multiprocessing as m\np = m.get_context("spawn").Process(target=print, args=["out"])\np.start(); p.join(); p.exitcode', 'out\n0\n', ''),
+    'a terminal': ('import os, pty\npid, fd = pty.fork()\nif pid == 0: os.execlp("echo", "echo", "out")\nout = os.read(fd, 100)\nos.waitpid(pid, 0); out', "b'out\\r\\n'\n", ''),
+    'much': ('import subprocess\nsubprocess.run("yes | head -c 3000000", shell=True).returncode', None, ''),
+    'not found': ('import subprocess\ntry: subprocess.run(["/no/such/thing"])\nexcept FileNotFoundError: print("none")', 'none\n', ''),
+    'a thread': ('import threading, os\nt = threading.Thread(target=os.system, args=["echo out"]); t.start(); t.join()', 'out\n', ''),
+}
+
+@posix
+@on_both
+@pytest.mark.parametrize('what', CHILDREN)
+def test_what_a_child_prints_is_the_blocks(what, off_main, capfd):
+    code, out, err = CHILDREN[what]
+    fds = len(os.listdir('/dev/fd'))
+    res = at(off_main, exec_code, code, {'__name__': '__main__'})
+    assert res.error is None, res.stderr
+    if out is not None: assert res.stdout == out
+    assert res.stderr == err and capfd.readouterr() == ('', '')
+    assert what not in ('much', 'a child of a fork') or len(res.stdout) > 3
+    end = time.monotonic() + HANG
+    while len(os.listdir('/dev/fd')) > fds + 2 and 'spawned' not in what: assert time.monotonic() < end, 'descriptors are left open'
+
+@posix
+def test_children_of_blocks_that_run_at_once_are_told_apart(capfd):
+    code = 'import os, subprocess\nfor i in range(10): os.system(f"echo {me}"); subprocess.run(["echo", me])\nNone'
+    res = {}
+    threads = [threading.Thread(target=lambda me=me: res.update({me: exec_code(code, dict(me=me))})) for me in 'abc']
+    for o in threads: o.start()
+    for o in threads: o.join(120)
+    assert {k: v.stdout for k, v in res.items()} == {k: f'{k}\n' * 20 for k in 'abc'}
+    assert capfd.readouterr() == ('', '')
+
+@posix
+@pytest.mark.parametrize('how', ['subprocess.Popen(["sleep", "100"])', 'os.system("sleep 100 & echo $! > pid")', 'subprocess.run("sleep 100 & echo $! > pid", shell=True)'])
+def test_a_process_in_the_background_does_not_hold_up_the_block(how, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ns = {}
+    res = exec_code(f'import os, subprocess\np = {how}\nprint("on")', ns)
+    assert res.stdout == 'on\n' and res.execution_time < 60
+    pid = ns['p'].pid if hasattr(ns['p'], 'pid') else int((tmp_path / 'pid').read_text())
+    os.kill(pid, 9)
+
+@posix
+def test_a_child_that_prints_for_ever_holds_nothing_up():
+    res = exec_code('import subprocess\np = subprocess.Popen("yes", shell=True, start_new_session=True)\nfor i in range(100): print("mine")\nimport os; os.killpg(p.pid, 9); p.wait()', {}, max_output=1000)
+    assert res.error is None and len(res.stdout) < 1100
+
+@posix
+def test_a_time_limit_ends_system():
+    res = exec_code('import os; os.system("sleep 100")', {}, timeout=.3)
+    assert 'BlockTimeout' in res.error and res.execution_time < 60
+
+@posix
+def test_children_of_the_host_are_its_own(capfd):
+    exec_code('', {})
+    os.system('echo host'); subprocess.run(['echo', 'host'])
+    assert capfd.readouterr().out == 'host\nhost\n'
