@@ -229,3 +229,119 @@ def test_children_of_the_host_are_its_own(capfd):
     exec_code('', {})
     os.system('echo host'); subprocess.run(['echo', 'host'])
     assert capfd.readouterr().out == 'host\nhost\n'
+
+# Outputs
+
+def has(name):
+    import importlib.util
+    return importlib.util.find_spec(name) is not None
+
+draws = pytest.mark.skipif(not has('matplotlib'), reason='matplotlib is not installed')
+tables = pytest.mark.skipif(not has('pandas'), reason='pandas is not installed')
+TABLE = 'class Table:\n  def __repr__(self): return "a table"\n  def _repr_html_(self): return "<table></table>"\n'
+
+def png_size(res, i=0):
+    import base64, struct
+    return struct.unpack('>II', base64.b64decode(res.outputs[i]['data']['image/png'])[16:24])
+
+SHOWN = {
+    'display': (TABLE + 'display(Table())', 'a table\n'),
+    "IPython's display": (TABLE + 'from IPython.display import display\ndisplay(Table())', 'a table\n'),
+    'IPython.display.display': (TABLE + 'import IPython.display as d\nd.display(Table())', 'a table\n'),
+    'a last expression': (TABLE + 'Table()', 'a table\n'),
+    'HTML': ('from IPython.display import HTML, display\ndisplay(HTML("<table></table>"))', '<IPython.core.display.HTML object>\n'),
+    'raw': ('display({"text/html": "<table></table>", "text/plain": "a table"}, raw=True)', 'a table\n'),
+}
+
+@on_both
+@pytest.mark.parametrize('what', SHOWN)
+def test_what_is_shown_is_an_output(what, off_main):
+    code, out = SHOWN[what]
+    res = at(off_main, exec_code, code, {})
+    assert (res.error, res.stdout) == (None, out), res.stderr
+    assert [(o['output_type'], o['data']) for o in res.outputs] == [('display_data', {'text/html': '<table></table>', 'text/plain': out.strip()})]
+    assert len(res.notes) == 1 and 'HTML' in res.notes[0] and 'shown to the person' in res.notes[0]
+    back = type(res).from_dict(json.loads(json.dumps(res.to_dict())))
+    assert back.outputs == res.outputs and back.to_dict() == res.to_dict()
+
+def test_nothing_shown_leaves_no_trace_in_a_log():
+    res = exec_code('print(1)\n[1, 2]', {})
+    assert res.outputs == [] and 'outputs' not in res.to_dict() and res.notes == []
+
+@tables
+def test_a_table_as_a_last_expression():
+    res = exec_code('import pandas as pd\npd.DataFrame(dict(a=[1, 2]))', {})
+    assert '<table' in res.outputs[0]['data']['text/html'] and res.stdout == res.outputs[0]['data']['text/plain'] + '\n'
+    assert 'DataFrame' in res.notes[0]
+
+def test_many_and_large_outputs_are_capped_and_said():
+    res = exec_code('for i in range(50): display({"text/html": str(i)}, raw=True)', {})
+    assert len(res.outputs) == 20 and '30 more' in res.notes[-1]
+    res = exec_code('display({"text/html": "x" * 3_000_000, "text/plain": "y" * 3_000_000}, raw=True)', {})
+    assert 'text/html' not in res.outputs[0]['data'] and len(res.outputs[0]['data']['text/plain']) < 1_000_100 and 'Too large' in res.notes[0]
+
+def test_a_form_that_fails_is_said_and_the_rest_is_shown():
+    res = exec_code(TABLE + '  def _repr_png_(self): raise ValueError("no")\nTable()', {})
+    assert res.error is None and 'text/html' in res.outputs[0]['data'] and any('_repr_png_' in o for o in res.notes)
+
+def test_forms_of_classes_and_mocks_are_no_forms():
+    res = exec_code('from unittest.mock import Mock\ndisplay(Mock())\n' + TABLE + 'Table', {})
+    assert res.error is None and not any('HTML' in o for o in res.notes)
+
+DRAWN = {
+    'open at the end': ('plt.plot([1, 2]); None', 1), 'show': ('plt.plot([1, 2]); plt.show(); print(plt.get_fignums())', 1),
+    'two': ('plt.figure(); plt.figure(); None', 2), 'show twice': ('plt.plot([1]); plt.show(); plt.plot([2]); plt.show()', 2),
+    'closed': ('plt.plot([1]); plt.close()', 0), 'subplots': ('fig, ax = plt.subplots(2, 2); None', 1),
+    'a last expression': ('fig, ax = plt.subplots()\nfig', 1), 'displayed': ('fig, ax = plt.subplots()\ndisplay(fig)', 1),
+    'without pyplot': ('from matplotlib.figure import Figure\nFigure()', 1), 'before an error': ('plt.plot([1])\n1/0', 1),
+    'another size': ('plt.figure(figsize=(3, 2)); None', 1),
+}
+
+@draws
+@on_both
+@pytest.mark.parametrize('what', DRAWN)
+def test_figures(what, off_main):
+    code, n = DRAWN[what]
+    res = at(off_main, exec_code, f'import matplotlib.pyplot as plt\n{code}', {})
+    assert (res.error is None) == ('error' not in what), res.stderr
+    assert [list(o['data']) for o in res.outputs] == [['image/png']] * n
+    size = (300, 200) if 'size' in what else (640, 480)
+    for i in range(n):
+        assert png_size(res, i) == size
+        assert res.notes[i] == f'A figure (PNG, {size[0]} x {size[1]}) was shown to the person; you see only this line.'
+    again = at(off_main, exec_code, 'import matplotlib.pyplot as plt\nplt.get_fignums()', {})
+    assert again.stdout == '[]\n' and again.outputs == []
+
+@draws
+def test_figures_of_two_blocks_at_once_and_of_the_host_do_not_mix():
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    exec_code('', {})
+    host = plt.figure(7)
+    both, res = threading.Barrier(2), {}
+    code = 'import matplotlib.pyplot as plt\nfor i in range(5):\n  plt.figure(figsize=(n, 1)); both.wait(60); plt.plot([i]); both.wait(60)\nprint(plt.get_fignums(), plt.gcf().get_figwidth()); both.wait(60); plt.close(1)'
+    def run(n): res[n] = exec_code(code, dict(n=n, both=both))
+    threads = [threading.Thread(target=run, args=[n]) for n in (2, 3)]
+    for o in threads: o.start()
+    for o in threads: o.join(120)
+    for n in (2, 3):
+        assert (res[n].error, res[n].stdout) == (None, f'[1, 2, 3, 4, 5] {n}.0\n'), res[n].stderr
+        assert [png_size(res[n], i) for i in range(4)] == [(n * 100, 100)] * 4 and len(res[n].outputs) == 4
+    assert plt.get_fignums() == [7] and plt.gcf() is host
+    plt.close('all')
+
+@draws
+def test_no_window_and_no_import_of_ours():
+    p = script('''
+        import sys
+        from rlm import exec_code
+        res = exec_code("1", {})
+        print(len(res.outputs), 'matplotlib' in sys.modules, 'tkinter' in sys.modules, 'IPython' in sys.modules, res.error)''')
+    assert p.stdout.split() == ['0', 'False', 'False', 'False', 'None'], p.stderr
+    p = script('''
+        import sys
+        from rlm import exec_code
+        res = exec_code('import matplotlib.pyplot as plt\\nplt.plot([1]); plt.show()', {})
+        print(len(res.outputs), 'tkinter' in sys.modules, res.error)''')
+    assert p.stdout.split() == ['1', 'False', 'None'], p.stderr
