@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['has_codes', 'Terminal', 'ChildPipes', 'FdText', 'is_figure', 'figure_png', 'is_rich', 'rich_data', 'Outputs',
-           'BlockFigures', 'ImportWatcher']
+           'known_outputs', 'fit_outputs', 'BlockFigures', 'ImportWatcher']
 
 # %% ../nbs/00b_output.ipynb #0b000001
 import _thread, base64, io, json, os, re, selectors, struct, sys, threading
@@ -343,6 +343,35 @@ class Outputs:
         "The lines for the model."
         more = [f'{self.left:,} more outputs were not kept: at most {self.most} are.'] if self.left > 0 else []
         return [o for o in self.notes if o != ''] + more
+
+# %% ../nbs/00b_output.ipynb #0b000051
+def _known_output(o, size): # An output, or None
+    data = o.get('data') if type(o) is dict else None
+    if type(data) is not dict: return
+    kept = {k: v for k, v in data.items() if (k == 'text/plain' or k in _labels) and type(v) is str and len(v) <= size + 100}
+    return dict(output_type='display_data', data=kept, metadata={}) if len(kept) > 0 else None
+
+def known_outputs(
+    items, # Of a block that ran elsewhere; anything
+    most:int=20, # Outputs to take
+    size:int=1_000_000, # Characters of each form
+)->list: # Outputs
+    "What of `items` is an output as `Outputs` keeps them."
+    found = [_known_output(o, size) for o in items[:most]] if type(items) is list else []
+    return [o for o in found if o is not None]
+
+def fit_outputs(
+    items:list, # Outputs
+    size:int, # Characters for all of them
+)->tuple[list,list]: # Those that fit, and a line on the rest
+    "The first outputs that fit."
+    kept, left = [], size
+    for o in items:
+        left -= sum(len(v) for v in o['data'].values()) + 1000
+        if left < 0: break
+        kept.append(o)
+    n = len(items) - len(kept)
+    return kept, [f'{n} outputs were too large to leave the sandbox.'] if n > 0 else []
 
 # %% ../nbs/00b_output.ipynb #0b000036
 class BlockFigures:

@@ -1,11 +1,10 @@
 "What a block prints and shows: terminal codes, streams, child processes, figures and other outputs."
-import io, json, os, subprocess, sys, textwrap, threading, time, tracemalloc
+import json, os, shutil, subprocess, sys, threading, time, tracemalloc
 import pytest
 from hypothesis import given, strategies as st
 from rlm import exec_code
-from rlm.output import Terminal
 from rlm.repl import CappedText
-from common import HANG, at, elsewhere, forks, on_both, posix, script
+from common import HANG, at, on_both, posix, script
 
 def shown(*parts, cap=200_000):
     text = CappedText(cap)
@@ -345,3 +344,60 @@ def test_no_window_and_no_import_of_ours():
         res = exec_code('import matplotlib.pyplot as plt\\nplt.plot([1]); plt.show()', {})
         print(len(res.outputs), 'tkinter' in sys.modules, res.error)''')
     assert p.stdout.split() == ['1', 'False', 'None'], p.stderr
+
+# In a sandbox, and in a notebook
+
+@posix
+@pytest.mark.parametrize('kind', ['process', pytest.param('sandbox', marks=pytest.mark.skipif(shutil.which('bwrap') is None, reason='bubblewrap is not installed'))])
+def test_a_sandbox_shows_the_same(kind):
+    from kinds import new_ns
+    with new_ns(kind) as ns:
+        res = exec_code(TABLE + 'import os\nos.system("echo out; echo err >&2")\nprint("\\rbar", end="\\rBAR\\n")\ndisplay(Table())', ns)
+        assert (res.error, res.stdout, res.stderr) == (None, 'out\nBAR\na table\n', 'err\n')
+        assert res.outputs == [dict(output_type='display_data', data={'text/html': '<table></table>', 'text/plain': 'a table'}, metadata={})]
+        assert len(res.notes) == 1 and 'HTML' in res.notes[0]
+        assert len(exec_code('for i in range(50): display({"text/html": str(i)}, raw=True)', ns).outputs) == 20
+
+def test_outputs_that_are_made_up_are_not_taken():
+    from rlm.output import known_outputs
+    good = dict(output_type='display_data', data={'text/html': 'x'}, metadata={})
+    for odd in (None, 5, 'text', {}, [None], [[]], [{'data': 5}], [{'data': {'text/html': 5}}], [{'data': {'text/html': 'x' * 2_000_000}}], [{'data': {5: 'x'}}]):
+        assert known_outputs(odd) == []
+    assert known_outputs([{'data': {'text/html': 'x', 'evil': 'y'}, 'metadata': {'a': 1}, 'more': 2}] * 100) == [good] * 20
+
+IN_KERNEL = '''
+from rlm import exec_code
+import json
+code = """
+class Table:
+  def __repr__(self): return "a table"
+  def _repr_html_(self): return "<table></table>"
+from IPython.display import display as show
+show(Table())
+display(Table())
+Table()
+"""
+res = exec_code(code, {}, timeout=100)
+print(json.dumps([res.stdout, [o['data'] for o in res.outputs], res.error]))
+'''
+PLOTS = '''
+import os
+code = "import matplotlib.pyplot as plt\\nplt.plot([1]); plt.show()\\nplt.plot([2]); None"
+res = exec_code(code, globals())
+os.system('true')
+print(json.dumps([len(res.outputs), res.notes, res.error]))
+'''
+
+@posix
+def test_a_notebook_shows_it_to_the_person():
+    pytest.importorskip('ipykernel', reason='needs ipykernel')
+    nbformat, nbclient = pytest.importorskip('nbformat', reason='needs nbformat'), pytest.importorskip('nbclient', reason='needs nbclient')
+    cells = [IN_KERNEL] + ([PLOTS] if has('matplotlib') else [])
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in cells])
+    nbclient.NotebookClient(nb, timeout=120).execute()
+    def said(i): return json.loads(''.join(o['text'] for o in nb.cells[i].outputs if o['output_type'] == 'stream'))
+    def seen(i, mime): return sum(mime in o['data'] for o in nb.cells[i].outputs if o['output_type'] == 'display_data')
+    table = {'text/html': '<table></table>', 'text/plain': 'a table'}
+    assert said(0) == ['a table\n' * 3, [table] * 3, None] and seen(0, 'text/html') == 3
+    if len(cells) == 2:
+        assert said(1) == [2, ['A figure (PNG, 640 x 480) was shown to the person; you see only this line.'] * 2, None] and seen(1, 'image/png') == 2
