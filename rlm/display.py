@@ -11,11 +11,11 @@ from collections import Counter, defaultdict
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from ._rlmpaper_compat import CodeBlock, PAPER, RLMChatCompletion, RLMIteration, find_fences, parse_code, parse_final
+from ._rlmpaper_compat import CodeBlock, Protocol, RLMChatCompletion, RLMIteration, find_fences, parse_code, parse_final
 from .core import Run, make_config
 from .lm import LM, Reply, RLMError, Usage
 from .repl import Scaffold, bind, unbind
-from .trace import LoggedRun, TraceError, _keep_context, _kept_context, _protocols, context_digest, load_run
+from .trace import LoggedRun, TraceError, _keep_context, _kept_context, _langs, _protocols, context_digest, load_run, load_runs, protocol_of
 
 # %% ../nbs/07_display.ipynb #11c1d2b6
 def _short(s, n=140): # The start of a text, on one line
@@ -170,11 +170,11 @@ def _page(trees): # The page for some trees
 def _where(run): return run.path.name if run.path else 'the run itself'
 
 def run_html(
-    runs, # A run, or a list of runs: each whatever `load_run` takes
+    runs, # A run, or a list of runs: each whatever `load_runs` takes
     max_chars:int=25_000_000, # Characters of text in the page; the longest texts are cut to fit
 )->str: # A page in ASCII, apart from its own script and style
     "Finished runs as one page that stands alone."
-    runs = [load_run(o) for o in (runs if isinstance(runs, (list, tuple)) else [runs])]
+    runs = load_runs(runs)
     if not runs: raise ValueError('there is no run to show')
     return _page([_cut(_tree(o), max_chars // len(runs), _where(o)) for o in runs])
 
@@ -278,11 +278,11 @@ def notebook_ns(
     ns:dict, # The notebook's `globals()`
     context, # What the run was about
     model=None, # A RecordedLM, or what `rlm_run` takes
-    protocol:str='paper', # Name of the run's protocol: `paper`, `answer` or `nano`
+    protocol:Protocol|str='paper', # The run's protocol, or its name: `paper`, `answer` or `nano`
     **limits, # Fields of Limits
 )->None:
     "Put a run's context and its functions into a notebook."
-    p, depth = _protocols.get(protocol, PAPER), dict(max_depth=1) if isinstance(model, RecordedLM) else {} # No child runs where all is recorded
+    p, depth = protocol_of(None, protocol), dict(max_depth=1) if isinstance(model, RecordedLM) else {} # No child runs where all is recorded
     run = Run(make_config(model=model, limits=limits | depth), ns)
     bind(ns, Scaffold(run.functions() | dict(history=[]), p.final_name, keep_answer='answer' in p.promises))
     ns.update({p.context_name: context, f'{p.context_name}_0': context})
@@ -317,6 +317,7 @@ def _is_python(code):
 
 def _block_cell(b): # A block as a cell
     if b.lang == 'python' and not _is_python(b.code) and _magic.search(b.code): return _cell('raw', b.code)
+    if b.lang not in _langs: return _cell('raw', f'A block of language {b.lang}, which does not run here:\n{b.code}')
     meta = dict(tags=['raises-exception']) if b.result.error else {} # Running all goes on behind it
     return _cell('code', b.code if b.lang == 'python' else f'%%{b.lang}\n{b.code}', outputs=_outputs(b.result), metadata=meta)
 
@@ -343,14 +344,20 @@ def _record_cell(run): # The cell that holds the replies to the sub-calls
 
 def _error_name(c): name = str(c.error or '').partition(':')[0]; return (name if name.isidentifier() else 'RLMError') if c.error else None
 
-def _model_cell(run): # The cell that binds the functions
+def _protocol_source(p): # What `notebook_ns` needs of a protocol, as source
+    if p == _protocols.get(p.name): return repr(p.name)
+    said = ', '.join(f'{k}={getattr(p, k)!r}' for k in ('name', 'context_name', 'final_name', 'promises'))
+    return f'replace(PAPER, {said})'
+
+def _model_cell(run, protocol): # The cell that binds the functions
     limits = run.info.get('limits')
     limit = _number(limits.get('result_truncation_limit')) if isinstance(limits, dict) else None
-    args = f', {run.info.get("protocol") or "paper"!r}' + (f', result_truncation_limit={int(limit)}' if limit else '')
+    args = f', {_protocol_source(protocol)}' + (f', result_truncation_limit={int(limit)}' if limit else '')
     tools = run.info.get('tools')
     note = f'\n# The run had tools, which have to be defined here: {ascii(", ".join(map(str, tools)))}' if tools else ''
-    name = ascii(run.metadata.root_model)
-    return _cell('code', f'model = recorded  # To ask a real model instead: its name, such as {name}\nnotebook_ns(globals(), context, model{args}){note}')
+    name, own = ascii(run.metadata.root_model), protocol != _protocols.get(protocol.name)
+    needs = 'from dataclasses import replace\nfrom rlm._rlmpaper_compat import PAPER\n' if own else ''
+    return _cell('code', f'{needs}model = recorded  # To ask a real model instead: its name, such as {name}\nnotebook_ns(globals(), context, model{args}){note}')
 
 # %% ../nbs/07_display.ipynb #7d5c1f4b
 def _turn_cells(k, it): # Prose and blocks of a turn
@@ -366,10 +373,10 @@ def _answer_cells(run): # The answer: from its variable, where it was one, and a
     again = [_cell('code', f'print(FINAL_VAR({body!r}))', outputs=shown)] if named else []
     return [_cell('markdown', '## Answer'), *again, _cell('markdown', _fenced(str(run.answer)))]
 
-def _notebook(run, context, folder): # The whole notebook
+def _notebook(run, context, folder, protocol): # The whole notebook
     head = [_cell('markdown', _fenced(_question(run))),
         _cell('markdown', 'A recorded run. Run all cells to go through it again; no model is asked unless you name one below.'),
-        _context_cell(run, context, folder), _record_cell(run), _model_cell(run)]
+        _context_cell(run, context, folder), _record_cell(run), _model_cell(run, protocol)]
     cells = head + [c for k,it in enumerate(run.iterations, 1) for c in _turn_cells(k, it)] + _answer_cells(run)
     return dict(cells=[dict(c, id=f'cell-{i}') for i,c in enumerate(cells)], nbformat=4, nbformat_minor=5,
         metadata=dict(kernelspec=dict(display_name='Python 3', language='python', name='python3'), language_info=dict(name='python')))
@@ -378,10 +385,15 @@ def to_notebook(
     run, # Whatever `load_run` takes
     path, # The .ipynb to write, over one that is there; a copy of the context goes beside it
     context=None, # The context, where neither the run nor its log has it
+    *,
+    protocol:Protocol|str|None=None, # The run's protocol, or the name of one of ours; None is the one that its log names
 )->Path: # `path`
     "Write a run as a notebook that runs."
     path, ns = Path(path), getattr(run, 'ns', {})
-    if context is None: context = next((ns[k] for k in ('context', 'prompt') if k in ns), None)
-    try: path.write_text(json.dumps(_notebook(load_run(run), context, path.parent), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    if protocol is None: protocol = getattr(run, 'protocol', None)
+    run = load_run(run)
+    p = protocol_of(run, protocol)
+    if context is None: context = next((ns[k] for k in (p.context_name, 'context', 'prompt') if k in ns), None)
+    try: path.write_text(json.dumps(_notebook(run, context, path.parent, p), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     except OSError as e: raise TraceError(f'{path} cannot be written ({e.strerror}); name another file') from e
     return path

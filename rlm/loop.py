@@ -7,10 +7,12 @@ __all__ = ['Ask', 'Exec', 'Trajectory', 'rlm_steps', 'drive', 'adrive']
 
 # %% ../nbs/04_loop.ipynb #4c6009e8
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from ._rlmpaper_compat import (COMPACT_PROMPT, CodeBlock, FinalAnswer, PAPER, Protocol, RLMIteration, UsageSummary, add_message, bound_names,
-    build_user_prompt, compact, find_fences, format_iteration, parse_final, runnable)
+from .answers import FinalAnswer, answer_source, can_look_up, check_answer
+from .parsing import find_answers, find_last_answers, pick_answer, runnable, set_reasoning_aside, whole_answer
+from ._rlmpaper_compat import COMPACT_PROMPT, CodeBlock, PAPER, Protocol, RLMIteration, UsageSummary, add_message, build_user_prompt, compact, format_iteration
+from .lm import LMError
 from .limits import LimitExceeded
 
 # %% ../nbs/04_loop.ipynb #06d79dea
@@ -34,7 +36,8 @@ class Trajectory:
     protocol: Protocol = PAPER
     shown: bool = False # True where the first message holds the whole context
     max_errors: int|None = None # Turns in a row whose code may fail
-    accept: Callable = lambda answer: answer # FinalAnswer -> FinalAnswer, or ValueError with words for the model
+    accept: Callable = check_answer # FinalAnswer -> FinalAnswer, or ValueError with words for the model
+    names: Container|None = None # Names of the namespace; None where they are not known
     compact_at: float|None = None # Tokens of the next call from which on older turns are summarized
     on_compact: Callable = lambda msgs: None # Called with the messages that a summary is about to replace
     iterations: list = field(default_factory=list)
@@ -42,56 +45,100 @@ class Trajectory:
     stop: str|None = None # Why it ended; None while it goes on
     limit: LimitExceeded|None = None # The limit that ended it
     cut: bool = False # True where the last reply was cut off
+    silent: int = 0 # Replies in a row that had no text
     sent: int = 0 # Messages that an earlier turn has recorded
 
 # %% ../nbs/04_loop.ipynb #9818b89b
-def _named(t, it, kind, body): # Does FINAL's body name a variable that a block of this run made?
-    if kind == 'FINAL_VAR' or not body.isidentifier(): return kind == 'FINAL_VAR'
-    made = any(body in b.code and body in bound_names(b.code) for o in t.iterations for b in o.code_blocks if b.lang == 'python')
-    if made: it.notes.append(f'FINAL({body}) was taken as FINAL_VAR({body}), since {body} is a variable.')
-    return made
+def _block_answer(it): # The answer that a block gave by itself
+    for b in reversed(it.code_blocks):
+        if b.result.final_answer is None: continue
+        if b.result.error is None: return b.result.final_answer
+        it.notes.append('Your block gave an answer and then failed, so the answer does not count. See what went wrong, then give it again.')
+        return
 
-def _from_text(t, it): # The answer that the reply's text declares; half an answer is none
-    if t.cut: return
-    kind, body = parse_final(it.response) or (None, None)
-    if kind is None: return
-    if not _named(t, it, kind, body): return FinalAnswer(body)
-    if not body.isidentifier(): it.notes.append(f'FINAL_VAR takes the name of a variable, and {body!r} is none.'); return
-    res = yield Exec(f'(FINAL_VAR({body!r}), None)[1]')
-    if res.final_answer is None: it.notes.append(f'FINAL_VAR({body}) gave no answer: {res.error or "it was not recorded"}')
-    return res.final_answer
+def _source(p): # What an answer of the text may be, as `answer_source` says it
+    if p.name == 'FINAL': return answer_source(p.body)
+    kind, source = answer_source(p.body.strip('` '))
+    return ('name' if kind == 'text' else kind), str(source)
 
-def _answer(t, it): # This turn's answer, or None and a note on why not
-    answer = next((b.result.final_answer for b in reversed(it.code_blocks) if b.result.final_answer is not None), None)
-    if answer is None and not t.protocol.final_name:
-        if parse_final(it.response) and len(t.iterations) == 1 and not it.code_blocks and not t.shown:
-            it.notes.append(f'That answer came before any look at `{t.protocol.context_name}`. Look into it first, then answer.')
-        else: answer = yield from _from_text(t, it)
+def _is_context(t, source): # Does it name a context? Nobody means that by FINAL(context)
+    name = t.protocol.context_name
+    return source == name or source.removeprefix(f'{name}_').isdigit()
+
+def _may_exist(t, named, kind, source): # Is it worth looking for in the namespace?
+    if named: return True
+    if kind == 'text' or _is_context(t, source): return False
+    return t.names is None or can_look_up(source, t.names)
+
+def _look_up(t, it, p): # What an answer of the text is: (FinalAnswer or None, is it literal?)
+    named, (kind, source) = p.name == 'FINAL_VAR', _source(p)
+    if not _may_exist(t, named, kind, source): return FinalAnswer(source), True
+    res = yield Exec(f'(__rlm__.give({source!r}, {named}), None)[1]')
+    if res.final_answer is not None: return res.final_answer, False
+    why = ' '.join([*([res.error] if res.error else []), *res.notes])
+    if not why and not named: return FinalAnswer(source), True
+    it.notes.append(f'{p.name}({source[:200]}) gave no answer: {why or "it was not recorded"}')
+    return None, False
+
+# %% ../nbs/04_loop.ipynb #9818b89c
+def _text_answer(t, it): # The answer that the reply's text declares, if it counts; half an answer is none
+    p = pick_answer(find_answers(it.response))
+    if p is None or t.cut: return
+    if len(t.iterations) == 1 and not it.code_blocks and not t.shown:
+        it.notes.append(f'That answer came before any look at `{t.protocol.context_name}`. Look into it first, then answer.')
+        return
+    if any(b.result.error for b in it.code_blocks):
+        it.notes.append('A block of that reply failed, so its answer does not count. See what went wrong first, then answer.')
+        return
+    answer, literal = yield from _look_up(t, it, p)
+    if answer is not None and literal and it.code_blocks:
+        it.notes.append('You wrote that answer before you had seen what the block printed, so it does not count yet. Look at the output; if the answer holds, give it again.')
+        return
+    return answer
+
+def _accepted(t, it, answer): # The answer, if the caller accepts it
     if answer is None: return
     try: return t.accept(answer)
     except ValueError as e: it.notes.append(str(e))
 
+def _answer(t, it): # This turn's answer, or None and a note on why not
+    answer = _block_answer(it)
+    if answer is None and not t.protocol.final_name:
+        answer = yield from _text_answer(t, it)
+    return _accepted(t, it, answer)
+
 # %% ../nbs/04_loop.ipynb #6b58943a
+def _had_text(t, it, reply): # Did the model say anything? If not, it is told so
+    if set_reasoning_aside(it.response).strip(): return True
+    what = 'nothing but reasoning' if it.response.strip() else f'no text ({reply.stop_reason or "empty"})'
+    it.notes.append(f'Your reply had {what}, and so no ```{t.protocol.langs[0]} block to run. Say in a sentence what you are about to do, and write the block.')
+    return False
+
 def _reply(t): # Ask, and begin an iteration with the reply
     t0 = time.perf_counter()
     reply = yield Ask(t.msgs)
     it = RLMIteration(t.msgs[t.sent:], reply.text, iteration_time=time.perf_counter() - t0, usage=UsageSummary({reply.model: reply.usage}))
-    t.cut = reply.stop_reason == 'max_tokens'
-    if t.cut: it.notes.append('Your reply was cut off at its greatest length. Write less at a time.')
     t.iterations.append(it)
     t.sent = len(t.msgs) + 1 # The reply itself will stand at this place
+    t.cut = reply.stop_reason in ('max_tokens', 'model_context_window_exceeded')
+    if t.cut: it.notes.append('Your reply was cut off at its greatest length. Write less at a time.')
+    t.silent = 0 if _had_text(t, it, reply) else t.silent + 1
+    if t.silent == 3: raise LMError(f'three replies in a row had no text (the last one stopped with {reply.stop_reason or "nothing"})')
     return it
+
+def _run_block(it, block): # Run one block of a reply
+    lang = 'bash' if block.lang in ('bash', 'sh') else 'python'
+    try: res = yield Exec(block.code, lang)
+    except KeyboardInterrupt as e: # What the block had done is part of the record
+        if hasattr(e, 'block'): it.code_blocks.append(CodeBlock(block.code, e.block, lang))
+        raise
+    it.code_blocks.append(CodeBlock(block.code, res, lang))
 
 def _turn(t): # One turn; returns its iteration
     t0 = time.perf_counter()
     it = yield from _reply(t)
-    for f in runnable(it.response, t.protocol.langs, t.protocol.fallback):
-        lang = 'bash' if f.lang in ('bash', 'sh') else 'python'
-        try: res = yield Exec(f.code, lang)
-        except KeyboardInterrupt as e: # What the block had done is part of the record
-            if hasattr(e, 'block'): it.code_blocks.append(CodeBlock(f.code, e.block, lang))
-            raise
-        it.code_blocks.append(CodeBlock(f.code, res, lang))
+    for block in runnable(it.response, t.protocol.langs, t.protocol.fallback):
+        yield from _run_block(it, block)
     it.final_answer = yield from _answer(t, it)
     it.iteration_time = time.perf_counter() - t0
     return it
@@ -101,15 +148,20 @@ def _draft(t): # A content that was set but not marked ready
     res = yield Exec("(FINAL_VAR('answer'), None)[1]")
     return res.final_answer
 
+def _last_answer(t, it): # What the reply to the last call comes to
+    declared = find_last_answers(it.response, t.cut)
+    for p in declared:
+        found, _ = yield from _look_up(t, it, p)
+        answer = _accepted(t, it, found)
+        if answer is not None: return answer
+    draft = yield from _draft(t)
+    said = whole_answer(it.response, t.protocol.langs) if draft is None and not declared else None
+    return _accepted(t, it, draft if said is None else FinalAnswer(said))
+
 def _last_call(t): # Ask for what there is
     add_message(t.msgs, build_user_prompt(None, t.max_iters, t.max_iters, t.protocol))
     it = yield from _reply(t)
-    answer = yield from _from_text(t, it)
-    if answer is None: answer = yield from _draft(t)
-    if answer is None and it.response.strip() and not find_fences(it.response) and 'FINAL' not in it.response: answer = FinalAnswer(it.response.strip())
-    if answer is not None:
-        try: it.final_answer = t.accept(answer)
-        except ValueError as e: it.notes.append(str(e))
+    it.final_answer = yield from _last_answer(t, it)
     return it
 
 # %% ../nbs/04_loop.ipynb #5c85830b

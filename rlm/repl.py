@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from .output import BlockFigures, ChildPipes, FdText, ImportWatcher, Outputs, Terminal, has_codes, is_figure, is_rich, rich_data
-from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail, parse_code, type_module, type_name
+from .answers import FinalAnswer, can_look_up, look_up, never_answer, parse_code
+from ._rlmpaper_compat import QueryMetadata, REPLResult, head_tail, type_module, type_name
 
 # %% ../nbs/01_repl.ipynb #3a76b0a5
 class CappedText:
@@ -383,14 +384,26 @@ def _install(): # Idempotent, and again after somebody else replaced a stream; r
     return [getattr(sys, name) for name in _streams]
 
 # %% ../nbs/01_repl.ipynb #9ce0c348
+from types import GeneratorType
+from ._rlmpaper_compat import _columns, describe_value
 _kinds = {id(t): kind for kind, ts in dict(value=(bool, float), sized=(bytes, bytearray, list, tuple, dict, set, frozenset, deque),
     function=(FunctionType, BuiltinFunctionType)).items() for t in ts} # By id: `in` would call a metaclass's `__eq__`
 
-def _shape(o, t): # The shape of an array or a table, if its type really is of one of these libraries
+def _after(words): return f', {head_tail(words, 300)}' if words else ''
+
+def _table(o): # Shape, and the types of what is in it
+    text = f', shape {tuple(o.shape)}'
+    try:
+        if hasattr(o, 'columns'): return text + _after(_columns(zip(list(o.columns[:20]), list(o.dtypes[:20])), len(o.columns), ' '))
+        return f'{text}, {head_tail(str(o.dtype), 100)}' if hasattr(o, 'dtype') else text
+    except Exception: return text # A subclass may do anything
+
+def _shape(o, t): # Shape and size of an array, a table or a path, if its type really is of one of these libraries
     try: root = str(type_module(t)).partition('.')[0]
     except AttributeError: return '' # Some types have none
+    if t in (range, GeneratorType) or root in ('pathlib', 'datetime', '_io') and getattr(sys.modules.get(root), type_name(t), None) is t: return _after(describe_value(o))
     known = root in ('numpy', 'pandas', 'polars', 'torch') and getattr(sys.modules.get(root), type_name(t), None) is t
-    return f', shape {tuple(o.shape)}' if known and hasattr(o, 'shape') else ''
+    return _table(o) if known and hasattr(o, 'shape') else ''
 
 def summarize(
     o, # Any object
@@ -452,11 +465,23 @@ class Scaffold:
     ): # Its value
         "Give the variable called `name` as the answer; returns its value."
         if not isinstance(name, str) or not name.isidentifier(): return self.FINAL(name)
-        if name not in self.ns: raise NameError(f'there is no variable {name!r}; there are: {", ".join(self.visible()) or "none"}')
+        if name not in self.ns:
+            if any(o is name for o in self.ns.values()): return self.FINAL(name) # The variable itself was meant, and it holds a word
+            raise self._missing(name)
         value = self.ns[name]
         if value is not self.answer: return self.FINAL(value)
         if not value['content']: raise NameError("`answer['content']` is empty")
         return self.FINAL(value['content'])
+    def _missing(self, name):
+        return NameError(f'there is no variable {name!r}; there are: {", ".join(self.visible()) or "none"}')
+    def give(self,
+        source, # A name, or an expression
+        must, # Does it have to be there?
+    ):
+        "Give what an answer of the reply's text stands for, if its names are there."
+        if source == 'answer' and self.ns.get('answer') is self.answer and (must or self.answer['content']): self.FINAL_VAR('answer')
+        elif can_look_up(source, self.ns, () if must else self.bound): self.FINAL(look_up(source, self.ns))
+        elif must: raise self._missing(source)
     def visible(self)->dict: # Name -> summary
         "The variables of the namespace, without the scaffold."
         return summarize_ns(self.ns, [k for k,v in self.bound.items() if self.ns.get(k) is v])
@@ -586,7 +611,10 @@ def settle(
     notes = []
     _restore(scaffold, notes)
     if scaffold.answer.get('ready') and scaffold.final is None: scaffold.final = FinalAnswer(scaffold.answer.get('content', ''))
-    return _json_final(scaffold, notes) if scaffold.final is None else scaffold.final, notes
+    final = _json_final(scaffold, notes) if scaffold.final is None else scaffold.final
+    why = None if final is None else never_answer(final.value)
+    if why is None: return final, notes
+    return None, [*notes, f'That was no answer: {why}.']
 
 # %% ../nbs/01_repl.ipynb #63adc724
 _numbers, _files = itertools.count(1), deque()

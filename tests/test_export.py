@@ -4,7 +4,7 @@ from pathlib import Path
 import nbclient, nbconvert, nbformat, pytest
 from rlm import ANSWER, NANO, ScriptLM, rlm_run
 from rlm.display import to_notebook
-from rlm.trace import RunLog, replay
+from rlm.trace import RunLog, TraceError, replay
 from common import block
 
 SHARED = Path(__file__).parents[2]/'shared/data/trajectories'
@@ -102,7 +102,8 @@ def test_hostile_logs(tmp_path, s):
     meta = dict(root_model=s, query=s, protocol=s, tools=[s], context=dict(type=s, length=3), limits=dict(result_truncation_limit=s))
     run = dict(run_metadata=meta, iterations=[dict(prompt=s, response=f'{s}\n\n{s}', final_answer=s, notes=[s],
         code_blocks=[dict(code=s, result=res), dict(code='print(llm_query)', result={})])])
-    nb = read(to_notebook(run, tmp_path/'run.ipynb', 'abc'))
+    with pytest.raises(TraceError, match='pass `protocol`'): to_notebook(run, tmp_path/'run.ipynb', 'abc')
+    nb = read(to_notebook(run, tmp_path/'run.ipynb', 'abc', protocol='paper'))
     body, _ = nbconvert.HTMLExporter(template_name='basic').from_notebook_node(nb)
     assert not re.search(r'<script>window|<img|href="javascript|src="http|<script>x', body)
     trusted = [c for c in nb.cells if c.cell_type == 'code']

@@ -205,7 +205,7 @@ def test_unknown_price_at_the_start(options):
 def test_unknown_price_at_a_call():
     "A sub-model that the code names is checked when it is called; nothing is sent to it."
     code = 'r = llm_query_batched(["one"], model="unheard-of")\ntry: llm_query("two", model="unheard-of")\nexcept ValueError as e: said = str(e)'
-    with MessagesServer([block(code, then='FINAL(x)')]) as srv:
+    with MessagesServer([block(code, then='FINAL(str("x"))')]) as srv:
         res = rlm_run('Q', 'text', model=lm(srv, price=None), limits=dict(max_cost=1))
     assert len(srv.requests) == 1 and res.answer == 'x'
     assert 'price' in res.ns['said'] and type(res.ns['r'][0].error) is ValueError

@@ -123,18 +123,18 @@ def test_a_run_within_a_run(how, off_main):
     inner = ScriptLM([block('print("inner")\ny = 5', 'FINAL_VAR(y)')])
     def run_it(*_): return rlm_run('inner', 'text', {}, model=inner)
     async def arun_it(*_): return await arlm_run('inner', 'text', {}, model=inner)
-    use = block('print("before"); r = tool(1).answer; print("after")\nz = 1', 'FINAL(done)')
+    use = block('print("before"); r = tool(1).answer; print("after")\nz = 1', 'FINAL(str("done"))')
     kw, got = dict(model=ScriptLM([use])), []
     if how == 'tool': kw['tools'] = dict(tool=run_it)
     elif how == 'async tool': kw['tools'] = dict(tool=arun_it)
     elif how == 'code': kw['tools'] = dict(tool=lambda _: exec_code('from rlm import rlm_run\nres = rlm_run("q", "c", {}, model=inner)', g := dict(inner=inner)) and g['res'])
     else: kw['tools'] = dict(tool=lambda _: run_it())
-    if how == 'model': kw['model'] = lambda msgs: got.append(run_it().answer) or block('z = 1', 'FINAL(done)')
+    if how == 'model': kw['model'] = lambda msgs: got.append(run_it().answer) or block('z = 1', 'FINAL(str("done"))')
     if how == 'async model':
-        async def model(msgs): got.append((await arun_it()).answer); return block('z = 1', 'FINAL(done)')
+        async def model(msgs): got.append((await arun_it()).answer); return block('z = 1', 'FINAL(str("done"))')
         kw['model'] = model
     if how == 'sync in an async model':
-        async def model(msgs): got.append(run_it().answer); return block('z = 1', 'FINAL(done)')
+        async def model(msgs): got.append(run_it().answer); return block('z = 1', 'FINAL(str("done"))')
         kw['model'] = model
     if how == 'on_event': kw['on_event'] = lambda e: got.append(run_it().answer) if (e.kind, e.phase) == ('block', 'start') and not got else None; inner = ScriptLM(lambda m: block('y = 5', 'FINAL_VAR(y)'))
     res = at(off_main, lambda: elsewhere(rlm_run, 'outer', 'text', **kw) if off_main else rlm_run('outer', 'text', **kw))
@@ -548,7 +548,7 @@ def test_a_thread_that_outlives_its_run_is_refused():
             try: out.append(llm_query("late"))
             except Exception as e: out.append(str(e))
         t = threading.Thread(target=late, daemon=True); t.start()'''
-    res = rlm_run('Q', 'text', ns, model=tree([block(code, 'FINAL(x)')]))
+    res = rlm_run('Q', 'text', ns, model=tree([block(code, 'FINAL(str("x"))')]))
     ns['go'].set(); ns['t'].join(HANG)
     assert ns['out'] == ['the run that this function belongs to is over'] and res.usage.total.total_calls == 1
     assert ns['llm_query']('for a person') == 'FOR A PERSON'
@@ -580,8 +580,8 @@ def test_a_fork_while_other_runs_are_at_work():
     "Some are in a call, some in their code, some in a batch; the child's own run works, and theirs go on."
     model, go = Waits(block('x = 1')), threading.Event()
     with ThreadPoolExecutor(3) as ex:
-        futs = [ex.submit(rlm_run, 'Q', 'text', {}, model), ex.submit(rlm_run, 'Q', 'text', dict(go=go), ScriptLM([block('while not go.is_set(): print("x")', 'FINAL(spun)')])),
-            ex.submit(asyncio.run, arlm_run('Q', 'text', dict(go=go), tree([block('while not go.is_set(): r = llm_query_batched(["a"] * 4)', 'FINAL(asked)')])))]
+        futs = [ex.submit(rlm_run, 'Q', 'text', {}, model), ex.submit(rlm_run, 'Q', 'text', dict(go=go), ScriptLM([block('while not go.is_set(): print("x")', 'FINAL(str("spun"))')])),
+            ex.submit(asyncio.run, arlm_run('Q', 'text', dict(go=go), tree([block('while not go.is_set(): r = llm_query_batched(["a"] * 4)', 'FINAL(str("asked"))')])))]
         assert model.came.wait(HANG)
         got = [in_child(deep_run) for _ in range(5)]
         model.free.set(); go.set()

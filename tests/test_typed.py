@@ -200,7 +200,7 @@ def test_tools_from_threads_and_from_children_at_once():
         "Keep x."
         with lock: calls.append(x)
     def model(msgs):
-        if 'piece' in msgs[1]['content']: return block('note(context)', then='FINAL(ok)')
+        if 'piece' in msgs[1]['content']: return block('note(context)\ndone = "ok"', then='FINAL_VAR(done)')
         return block('from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as ex: list(ex.map(note, range(20)))\nr = rlm_query_batched([f"piece {i}" for i in range(20)])', then='FINAL_VAR(r)')
     res = run(model, tools=dict(note=note))
     assert res.value == ['ok'] * 20 and len(calls) == 40 and sorted(o for o in calls if isinstance(o, int)) == list(range(20))
