@@ -341,7 +341,7 @@ class Outputs:
         return f'{a} {name} ({_labels[best]}, {_size(best, kept[best])}) was shown to the person; you see only {seen}.{lost}'
     def said(self)->list: # Sentences
         "The lines for the model."
-        more = [f'{self.left:,} more outputs were not kept: at most {self.most} are.'] if self.left > 0 else []
+        more = [f'And {self.left:,} more, which were not kept: at most {self.most} are.'] if self.left > 0 else []
         return [o for o in self.notes if o != ''] + more
 
 # %% ../nbs/00b_output.ipynb #0b000051
@@ -371,7 +371,7 @@ def fit_outputs(
         if left < 0: break
         kept.append(o)
     n = len(items) - len(kept)
-    return kept, [f'{n} outputs were too large to leave the sandbox.'] if n > 0 else []
+    return kept, [f'Outputs that were too large to leave the sandbox: {n}.'] if n > 0 else []
 
 # %% ../nbs/00b_output.ipynb #0b000036
 class BlockFigures:
