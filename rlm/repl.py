@@ -160,6 +160,7 @@ class _Routed:
         return getattr(own, k) if hasattr(io.TextIOWrapper, k) else getattr(self.real, k)
 
 def _flush_wrappers(streams): # What code has put into the place of a stream may hold text back
+    if getattr(sys, 'stdout', None) is streams[0] and getattr(sys, 'stderr', None) is streams[1]: return
     for name, o in zip(_streams[:2], streams):
         now = getattr(sys, name, None)
         if now is not o and type(now) is io.TextIOWrapper and not now.closed: now.flush()
