@@ -655,7 +655,8 @@ def format_iteration(
     for i,b in enumerate(iteration.code_blocks):
         head = f'REPL output of block {i+1}:' if len(iteration.code_blocks) > 1 else 'REPL output:'
         body = protocol.observe(b.result, n)
-        if not b.result.stdout and not b.result.stderr: body += '\n(Nothing was printed. Use print() to see a value.)'
+        silent = b.result.stdout == '' and b.result.stderr == '' and len(b.result.outputs) == 0
+        if silent: body += '\n(Nothing was printed. Use print() to see a value.)'
         parts.append('\n'.join([head, body, *b.result.notes]))
     parts += explain_unrun(iteration.response, protocol.langs, protocol.fallback)
     if not parts and not iteration.notes:

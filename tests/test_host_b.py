@@ -401,3 +401,14 @@ def test_a_notebook_shows_it_to_the_person():
     assert said(0) == ['a table\n' * 3, [table] * 3, None] and seen(0, 'text/html') == 3
     if len(cells) == 2:
         assert said(1) == [2, ['A figure (PNG, 640 x 480) was shown to the person; you see only this line.'] * 2, None] and seen(1, 'image/png') == 2
+
+def test_what_the_model_is_told():
+    from rlm import ScriptLM, rlm_run
+    show = '```repl\ndisplay({"text/html": "<b>"}, raw=True)\n```'
+    bar = '```repl\nimport os\nfor i in range(1000): print(f"\\r{i}/999", end="")\nprint(); x = os.system("echo child")\n```'
+    res = rlm_run('Who?', 'some text', model=ScriptLM([show, bar, 'FINAL(done)']))
+    told = [str(it.prompt) for it in res.iterations]
+    assert 'A value (HTML, 3 characters) was shown to the person' in told[1] and 'Nothing was printed' not in told[1]
+    assert '999/999' in told[2] and '998/999' not in told[2]
+    assert os.name == 'nt' or 'child' in told[2]
+    assert [len(b.result.outputs) for it in res.iterations for b in it.code_blocks] == [1, 0]
