@@ -315,15 +315,16 @@ class REPLResult(Record):
     final_answer: str|None = None # The answer, where the block gave one
     error: str|None = None # `Type: message` where the code failed
     notes: list = field(default_factory=list) # Sentences for the model, by the engine
+    outputs: list = field(default_factory=list) # What it showed beside text, each as a notebook file has it
     def to_dict(self):
         d = dict(stdout=self.stdout, stderr=self.stderr, locals=jsonable(self.locals), execution_time=self.execution_time,
             rlm_calls=[o.to_dict() for o in self.llm_calls], final_answer=jsonable(self.final_answer))
-        return d | {k: v for k in ('error', 'notes') if (v := getattr(self, k))}
+        return d | {k: v for k in ('error', 'notes', 'outputs') if (v := getattr(self, k))}
     @classmethod
     def from_dict(cls, d):
         calls = [RLMChatCompletion.from_dict(o) for o in d.get('rlm_calls', d.get('llm_calls', []))]
         return cls(d.get('stdout', ''), d.get('stderr', ''), d.get('locals', {}), d.get('execution_time', 0.), calls,
-            d.get('final_answer'), d.get('error'), d.get('notes', []))
+            d.get('final_answer'), d.get('error'), d.get('notes', []), d.get('outputs', []))
 
 # %% ../nbs/00_rlmpaper_compat.ipynb #d0bbc580
 @dataclass
@@ -654,7 +655,8 @@ def format_iteration(
     for i,b in enumerate(iteration.code_blocks):
         head = f'REPL output of block {i+1}:' if len(iteration.code_blocks) > 1 else 'REPL output:'
         body = protocol.observe(b.result, n)
-        if not b.result.stdout and not b.result.stderr: body += '\n(Nothing was printed. Use print() to see a value.)'
+        silent = b.result.stdout == '' and b.result.stderr == '' and len(b.result.outputs) == 0
+        if silent: body += '\n(Nothing was printed. Use print() to see a value.)'
         parts.append('\n'.join([head, body, *b.result.notes]))
     parts += explain_unrun(iteration.response, protocol.langs, protocol.fallback)
     if not parts and not iteration.notes:

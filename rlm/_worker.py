@@ -1,12 +1,13 @@
 """The one REPL server of all namespaces that run their code elsewhere, and the frames in which both sides talk.
 
-Written by hand, with the standard library alone: this file, `repl.py` and `_rlmpaper_compat.py` are all that has to lie inside. Blocks run on the main
+Written by hand, with the standard library alone: this file, `repl.py`, `output.py` and `_rlmpaper_compat.py` are all that has to lie inside. Blocks run on the main
 thread, so that signals end what they wait for; a reader thread takes requests for data and replies to calls meanwhile."""
 import builtins, contextvars, ctypes, errno, itertools, json, os, re, signal, struct, sys, threading
 from array import array
 from queue import SimpleQueue
 from . import repl
 from ._rlmpaper_compat import type_name
+from .output import fit_outputs
 from .repl import Block, Scaffold, outside_block
 
 _sizes = struct.Struct('!II') # Bytes of JSON, bytes of payload
@@ -210,7 +211,10 @@ class Worker:
         try: res = repl.exec_code(code, self.ns, lang=head['lang'], timeout=head['timeout'], max_output=head['max_output'])
         except KeyboardInterrupt as e: res = e.block
         final, notes = self.final(res.final_answer, res.notes)
-        return dict(stdout=res.stdout, stderr=res.stderr, locals=res.locals, seconds=res.execution_time, final=final, error=res.error, notes=notes), b''
+        outputs, more = fit_outputs(res.outputs, self.cap // 8)
+        out = dict(stdout=res.stdout, stderr=res.stderr, locals=res.locals, seconds=res.execution_time, final=final, error=res.error, notes=[*notes, *more])
+        if len(outputs) > 0: out['outputs'] = outputs
+        return out, b''
     def final(self, answer, notes):
         "An answer as data, if it is not too large, and the notes."
         if answer is None: return None, notes

@@ -18,6 +18,7 @@ from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail
 from ._worker import FrameError, TooLarge, decode, describe, encode, plain
 from .core import SubcallError
 from .lm import RLMError
+from .output import known_outputs
 from .repl import Block, CodeThread, Scaffold, current_block, interruptible, outside_block, shielded
 
 # %% ../nbs/08_remote.ipynb #a2687689
@@ -268,7 +269,8 @@ def _result(head, n): # A block's result, from data that is not trusted
         head = dict(stderr=said + '\n', error=said)
     final, text = head.get('final'), lambda k, most: str(head.get(k) or '')[:most]
     res = REPLResult(text('stdout', n + 100), text('stderr', n + 100), _texts(head.get('locals') or {}, 100), error=text('error', 100_000) or None)
-    res.notes = [str(o)[:2000] for o in (head.get('notes') or [])[:20]]
+    res.notes = [str(o)[:2000] for o in (head.get('notes') or [])[:50]]
+    res.outputs = known_outputs(head.get('outputs'))
     if isinstance(final, dict): res.final_answer = FinalAnswer(final.get('value', str(final.get('text'))), str(final.get('text')))
     return res
 

@@ -179,7 +179,8 @@ def test_reads_while_a_block_runs(ns):
     t.join(HANG); assert not t.is_alive()
 
 def test_forks_of_the_code(each):
-    assert out('import os\npid = os.fork()\nprint(pid > 0)', each) == 'True\n' and out('print(pid > 0)', each) == 'True\n'
+    assert 'True' in out('import os\npid = os.fork()\nprint(pid > 0)', each).split() # And what the child prints, if it is in time
+    assert out('print(pid > 0)', each) == 'True\n'
     assert out('pid = os.fork()\nif pid == 0: os._exit(7)\nprint(os.waitpid(pid, 0)[1] >> 8)', each) == '7\n'
 
 # Calls of the host
