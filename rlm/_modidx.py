@@ -409,6 +409,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'rlm.repl.CodeThread.submit': ('repl.html#codethread.submit', 'rlm/repl.py'),
                           'rlm.repl.Gate': ('repl.html#gate', 'rlm/repl.py'),
                           'rlm.repl.Gate.__init__': ('repl.html#gate.__init__', 'rlm/repl.py'),
+                          'rlm.repl.Gate._recall': ('repl.html#gate._recall', 'rlm/repl.py'),
                           'rlm.repl.Gate._time_is_up': ('repl.html#gate._time_is_up', 'rlm/repl.py'),
                           'rlm.repl.Gate.at_signal': ('repl.html#gate.at_signal', 'rlm/repl.py'),
                           'rlm.repl.Gate.interrupt': ('repl.html#gate.interrupt', 'rlm/repl.py'),

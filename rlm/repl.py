@@ -368,7 +368,9 @@ _set_exc = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
 class Gate:
     "Where what interrupts a thread from outside comes in, and when."
-    def __init__(self): self.open, self.wanted, self.ident = False, None, None
+    def __init__(self):
+        self.open, self.wanted, self.ident = False, None, None
+        self.sent, self.lock = False, threading.Lock()
     def run(self,
         f, # What may be interrupted
         *args, # For it
@@ -380,7 +382,11 @@ class Gate:
             return f(*args)
         finally: # Python looks for an interrupt only after calls and in loops, so none comes between the next two lines
             self.open = was
-            if self.ident: _set_exc(self.ident, None) # One that was on its way
+            if self.sent: self._recall()
+    def _recall(self): # One that is on its way. Only then: on Python 3.11 a call for nothing makes a thread with a tracer hang
+        with self.lock:
+            _set_exc(self.ident, None)
+            self.sent = False
     def shut(self,
         f, # What may not be interrupted, but where it calls `interruptible`
         *args, # For it
@@ -392,7 +398,10 @@ class Gate:
     def interrupt(self):
         "Raise BlockTimeout in the thread: at once if the gate is open, and whenever it opens from now on."
         self.wanted = self._time_is_up
-        if self.open and self.ident: _set_exc(self.ident, _timeout)
+        if self.ident is None: return
+        with self.lock:
+            self.sent = True # Before it looks at `open`, which `run` shuts before it looks here
+            if self.open: _set_exc(self.ident, _timeout)
     def _time_is_up(self): raise BlockTimeout
     def at_signal(self,
         f, # f(number, frame), which may raise
