@@ -9,7 +9,7 @@ __all__ = ['current_block', 'grace', 'CappedText', 'Block', 'outside_block', 'su
            'CodeThread', 'exec_code', 'unnumbered']
 
 # %% ../nbs/01_repl.ipynb #41296eea
-import ast, builtins, codecs, contextvars, ctypes, functools, itertools, json, linecache, os, random, re, signal, subprocess, sys, threading, time, traceback
+import ast, builtins, codecs, contextvars, ctypes, functools, itertools, json, linecache, operator, os, random, re, signal, subprocess, sys, threading, time, traceback
 from collections import deque
 from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future, wait
@@ -432,20 +432,152 @@ def shielded(
     "Call `f`; what is to interrupt this thread waits until it is done or calls `interruptible`."
     return _mine.gate.shut(f, *args)
 
+# %% ../nbs/01_repl.ipynb #0daca329
+def _surely(f, *args): # A signal handler that a block has left may raise at any moment, until it is gone
+    for _ in (1, 2, 3, 4, 5, 6, 7, 8):
+        try: return f(*args)
+        except BaseException: pass
+    return f(*args)
+
+class _Builtins:
+    "The builtins as they were when no block ran."
+    def __init__(self): self.save()
+    def save(self):
+        self.saved, self.values = dict(builtins.__dict__), tuple(builtins.__dict__.values())
+        self.saved.pop('_', None) # An interactive session's last result
+    def whole(self, _all=all, _len=len, _map=map, _is=operator.is_): # Quickly
+        now = builtins.__dict__
+        return _len(now) == _len(self.values) and _all(_map(_is, now.values(), self.values))
+    def put_back(self):
+        if self.whole(): return
+        now, saved = builtins.__dict__, self.saved
+        for name in saved:
+            if name not in now or now[name] is not saved[name]: now[name] = saved[name]
+        if len(now) == len(saved): return
+        for name in list(now):
+            if name not in saved and name != '_': del now[name]
+_builtins = _Builtins()
+
+# %% ../nbs/01_repl.ipynb #86ed4b3e
+_csignal = sys.modules['_signal'] # Without the enums of `signal`, which cost time
+_numbers_of_signals = [int(n) for n in signal.valid_signals()]
+_timers = [getattr(signal, n) for n in ('ITIMER_REAL', 'ITIMER_VIRTUAL', 'ITIMER_PROF') if hasattr(signal, n)]
+_set_mask = getattr(_csignal, 'pthread_sigmask', None)
+
+class _Signals:
+    "Handlers and timers of the process, seen from its main thread."
+    def __init__(self):
+        self.t0 = time.monotonic()
+        self.handlers = [_csignal.getsignal(n) for n in _numbers_of_signals]
+        self.timers = [_csignal.getitimer(t) for t in _timers]
+    def put_back(self):
+        for t, (left, every) in zip(_timers, self.timers): self._timer_back(t, left, every)
+        for n, f in zip(_numbers_of_signals, self.handlers):
+            if f is not None and _csignal.getsignal(n) is not f: _csignal.signal(n, f)
+    def _timer_back(self, t, left, every):
+        now, now_every = _csignal.getitimer(t)
+        if left == now == 0: return
+        if left and t == signal.ITIMER_REAL: left = self._left(left, every)
+        if abs(now - left) > .05 or now_every != every: _csignal.setitimer(t, left, every)
+    def _left(self, left, every): # Of a timer that ran on; 0 where it has gone off
+        left -= time.monotonic() - self.t0
+        if left > 0: return left
+        return every and every - (-left) % every
+
+class _OfThread:
+    "Signal mask, tracer, profiler and block of this thread; on the main thread the signals too."
+    def __init__(self):
+        self.block, self.tracer, self.profiler = current_block.get(), sys.gettrace(), sys.getprofile()
+        self.mask = _set_mask and _set_mask(signal.SIG_BLOCK, ())
+        self.signals = _Signals() if _is_main() else None
+    def put_back(self):
+        if sys.gettrace() is not self.tracer: sys.settrace(self.tracer)
+        if sys.getprofile() is not self.profiler: sys.setprofile(self.profiler)
+        _builtins.put_back()
+        if current_block.get() is not self.block: current_block.set(self.block)
+        if self.signals: self._pending(); self.signals.put_back()
+        if self.mask is not None and _set_mask(signal.SIG_BLOCK, ()) != self.mask: _set_mask(signal.SIG_SETMASK, self.mask)
+    def _pending(self): # A signal that the block held off would come as soon as the mask is back
+        if self.mask is None: return
+        for n in _csignal.sigpending() - self.mask:
+            if n != _csignal.SIGINT: _csignal.signal(n, _csignal.SIG_IGN)
+
+def _is_main(): return threading.current_thread() is threading.main_thread()
+
+def _keep_thread(f, *args): # Call `f`, which may be interrupted, and put back what it changed of its thread
+    was = _OfThread()
+    try: return interruptible(f, *args)
+    finally: _surely(was.put_back)
+
+# %% ../nbs/01_repl.ipynb #123ff1d9
+class _Watch:
+    "A thread that calls functions when their time has come, and every .05 s from then on."
+    def __init__(self): self.cond, self.todo, self.thread, self.wakes = threading.Condition(), [], None, 0
+    def add(self, seconds, f):
+        entry = [time.monotonic() + seconds, f]
+        with self.cond:
+            self.todo.append(entry)
+            if self.thread is None: self._start()
+            if entry[0] < self.wakes: self.cond.notify()
+        return entry
+    def remove(self, entry):
+        with self.cond: self.todo.remove(entry)
+    def _start(self):
+        self.wakes = 0
+        self.thread = threading.Thread(target=self._work, daemon=True, name='rlm-watch')
+        with outside_block(): self.thread.start()
+    def _work(self):
+        with self.cond:
+            while True:
+                self.wakes, now = threading.TIMEOUT_MAX, time.monotonic()
+                for entry in self.todo:
+                    if entry[0] <= now: self._call(entry, now)
+                    if entry[0] < self.wakes: self.wakes = entry[0]
+                self.cond.wait(self.wakes - now if self.wakes < threading.TIMEOUT_MAX else None)
+    def _call(self, entry, now):
+        entry[0] = now + .05
+        entry[1]()
+
+_watch = _Watch()
+def _new_watch():
+    global _watch
+    _watch = _Watch()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_watch) # Its thread is not there
+
+@contextmanager
+def _watched(seconds, gate, f): # As `_timer`, where the code has switched the timer off
+    if seconds is None: yield; return
+    ident, tries = threading.get_ident(), itertools.count()
+    gate.ident = ctypes.c_ulong(ident)
+    def on_urgent(num, frame):
+        signal.signal(signal.SIGALRM, f)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        signal.setitimer(signal.ITIMER_REAL, .05, .05)
+        f(num, frame)
+    def wake():
+        signal.pthread_kill(ident, signal.SIGURG) # Does nothing where the code has put its default back
+        if tries.__next__() > 3: gate.interrupt()
+    old = _csignal.signal(_csignal.SIGURG, on_urgent)
+    entry = _watch.add(seconds + .1, wake)
+    try: yield
+    finally:
+        _watch.remove(entry)
+        _csignal.signal(_csignal.SIGURG, old)
+
 # %% ../nbs/01_repl.ipynb #b997a3fb
 grace = 2. # Seconds that a block has to end after it was interrupted
 
 @contextmanager
 def _timer(seconds, f): # A signal calls `f(number, frame)` after `seconds`, and every .05 s from then on; None is never
     if seconds is None: yield; return
-    before, t0 = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic() # Of a block around this one: the shorter of the two counts
-    old_f = signal.signal(signal.SIGALRM, f)
-    old = signal.setitimer(signal.ITIMER_REAL, max(min(seconds, before or seconds), .001), .05)
+    before, t0 = _csignal.getitimer(_csignal.ITIMER_REAL)[0], time.monotonic() # Of a block around this one: the shorter of the two counts
+    old_f = _csignal.signal(_csignal.SIGALRM, f)
+    old = _csignal.setitimer(_csignal.ITIMER_REAL, max(min(seconds, before or seconds), .001), .05)
     try: yield
     finally:
         left = old[0] and max(old[0] - (time.monotonic() - t0), .001)
-        signal.setitimer(signal.ITIMER_REAL, 0); signal.signal(signal.SIGALRM, old_f)
-        signal.setitimer(signal.ITIMER_REAL, left, old[1])
+        _csignal.setitimer(_csignal.ITIMER_REAL, 0); _csignal.signal(_csignal.SIGALRM, old_f)
+        _csignal.setitimer(_csignal.ITIMER_REAL, left, old[1])
 
 def _on_main(job, timeout): # Run `job` on the main thread; returns (exception or None, Ctrl-C seen)
     gate, outer, seen, err, t0 = Gate(), _mine.gate, [], None, time.monotonic()
@@ -454,17 +586,18 @@ def _on_main(job, timeout): # Run `job` on the main thread; returns (exception o
         raise KeyboardInterrupt
     def on_alarm(num, frame):
         if time.monotonic() - t0 > timeout + grace: # It swallows what is raised: raise again while its `except` clause runs
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 1.5e-5), .01)
+            _csignal.setitimer(_csignal.ITIMER_REAL, random.uniform(1e-6, 1.5e-5), .01)
         raise BlockTimeout(f'stopped after {timeout:g} s')
     handle_int = gate.at_signal(on_int)
-    old_int = signal.signal(signal.SIGINT, lambda num, frame: seen.append(num) or handle_int(num, frame))
+    old_int = _csignal.signal(_csignal.SIGINT, lambda num, frame: seen.append(num) or handle_int(num, frame))
     _mine.gate = gate
     try:
-        with _timer(timeout, gate.at_signal(on_alarm)): job()
+        handle_alarm = gate.at_signal(on_alarm)
+        with _watched(timeout, gate, handle_alarm), _timer(timeout, handle_alarm): job()
     except BaseException as e: err = e
     finally:
         _mine.gate = outer
-        signal.signal(signal.SIGINT, old_int)
+        _csignal.signal(_csignal.SIGINT, old_int)
     return err, bool(seen)
 
 # %% ../nbs/01_repl.ipynb #c92adef3
@@ -602,7 +735,7 @@ def exec_code(
     if scaffold is not None: begin(scaffold)
     streams = _install()
     bash = lang in ('bash', 'sh')
-    def job(): shielded(_run_bash, code, block, timeout) if bash else _run(code, ns, max_output)
+    def job(): shielded(_run_bash, code, block, timeout) if bash else shielded(_keep_thread, _run, code, ns, max_output)
     err, ctrl_c = _guarded(job, block, None if bash else timeout, thread)
     block.open = True
     odd, again = _guarded(lambda: _finish(res, ns, scaffold), block, grace, thread)
