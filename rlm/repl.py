@@ -6,10 +6,10 @@
 __all__ = ['current_block', 'grace', 'CappedText', 'Block', 'outside_block', 'summarize', 'summarize_ns', 'show_vars',
            'BlockTimeout', 'Answer', 'Scaffold', 'here_or_there', 'scaffold_of', 'bind', 'rebind', 'unbind', 'visible',
            'bind_context', 'context_metadata', 'begin', 'settle', 'describe_error', 'Gate', 'interruptible', 'shielded',
-           'CodeThread', 'exec_code', 'unnumbered']
+           'restore_builtins', 'CodeThread', 'exec_code', 'unnumbered']
 
 # %% ../nbs/01_repl.ipynb #41296eea
-import ast, builtins, codecs, contextvars, ctypes, functools, itertools, json, linecache, operator, os, random, re, signal, subprocess, sys, threading, time, traceback
+import ast, builtins, codecs, contextvars, ctypes, functools, gc, itertools, json, linecache, locale, operator, os, random, re, signal, subprocess, sys, threading, time, traceback, warnings
 from collections import deque
 from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future, wait
@@ -156,6 +156,7 @@ class Answer(dict):
 
 class Scaffold:
     "What a run has put into a namespace."
+    context_name, contexts = None, {} # Its variable, and all contexts as they were when the block began
     def __init__(self,
         functions:dict=None, # Name -> function, such as the sub-calls
         final_name:str=None, # Variable whose being set is the answer
@@ -252,6 +253,8 @@ def bind_context(
     name:str='context', # Its variable
 )->int: # How many contexts there are now
     "Put a context into `ns` without losing an earlier one."
+    scaffold = scaffold_of(ns)
+    if scaffold: scaffold.context_name = name
     n = 0
     while f'{name}_{n}' in ns: n += 1
     if context is None: pass
@@ -270,6 +273,15 @@ def context_metadata(
     "Type and size of the context, measured where it lies."
     return QueryMetadata(ns[name])
 
+# %% ../nbs/01_repl.ipynb #880a1cc6
+def _note_contexts(scaffold): # As the caller has them now; between two blocks they may change
+    ns, name = scaffold.ns, scaffold.context_name
+    scaffold.contexts, n = {}, 0
+    if name in ns: scaffold.contexts[name] = ns[name]
+    while f'{name}_{n}' in ns:
+        scaffold.contexts[f'{name}_{n}'] = ns[f'{name}_{n}']
+        n += 1
+
 # %% ../nbs/01_repl.ipynb #734efdf2
 def _json_final(scaffold, notes): # The answer in the variable `final_name`
     name = scaffold.final_name
@@ -285,14 +297,15 @@ def begin(
 )->None:
     "Before a block: what was said before is no answer of this block."
     scaffold.final, scaffold.answer['ready'] = None, False
+    _note_contexts(scaffold)
     if scaffold.final_name: scaffold.ns.pop(scaffold.final_name, None)
 
 def _restore(scaffold, notes): # Put back what the code overwrote; a dict in the place of `answer` may be one
     ns, lost, given = scaffold.ns, [], None
     if not scaffold.active: return # The run is over, and the names are the caller's again
-    for k,v in {**scaffold.bound, '__rlm__': scaffold}.items():
+    for k,v in {**scaffold.contexts, **scaffold.bound, '__rlm__': scaffold}.items():
         now = ns.get(k)
-        if now is v: continue
+        if now is v and k in ns: continue
         if k == 'answer' and type(now) is dict and 'ready' in now: given = now
         elif k == 'answer' and now is not None and not scaffold.keep_answer: continue
         else: lost.append(k)
@@ -458,6 +471,60 @@ class _Builtins:
             if name not in saved and name != '_': del now[name]
 _builtins = _Builtins()
 
+# %% ../nbs/01_repl.ipynb #db5191b8
+def restore_builtins()->None:
+    "Put the builtins back as they were when no block ran."
+    _builtins.put_back()
+
+_hooks = [(sys, 'excepthook'), (sys, 'displayhook'), (sys, 'unraisablehook'), (sys, 'breakpointhook'), (threading, 'excepthook'),
+    (warnings, 'showwarning'), (warnings, 'formatwarning'), (sys, 'modules')]
+_lists = [(sys, 'path'), (sys, 'meta_path'), (sys, 'path_hooks')]
+_settings = [(sys.getrecursionlimit, lambda n: sys.setrecursionlimit(max(n, sys.getrecursionlimit()))),
+    (sys.getswitchinterval, sys.setswitchinterval), (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
+    (threading.gettrace, threading.settrace), (threading.getprofile, threading.setprofile),
+    (lambda: locale.setlocale(locale.LC_ALL), lambda o: locale.setlocale(locale.LC_ALL, o))]
+
+class _Process:
+    "What all blocks of this process share, as it was when none of them ran."
+    def __init__(self): self.n, self.lock, self.modules = 0, threading.RLock(), {}
+    def enter(self):
+        with self.lock:
+            if self.n == 0: self._save()
+            self.n += 1
+    def leave(self):
+        restore_builtins()
+        with self.lock:
+            self.n -= 1
+            if self.n == 0: self._put_back()
+    def _save(self):
+        _builtins.save()
+        self.hooks = [getattr(o, name) for o, name in _hooks]
+        self.lists = [(o := getattr(m, name), list(o)) for m, name in _lists]
+        self.settings = [get() for get, put in _settings]
+        self.filters, self.shown = warnings.filters, list(warnings.filters)
+        if len(self.modules) != len(sys.modules): self.modules = dict(sys.modules)
+    def _put_back(self):
+        for (o, name), was in zip(_hooks, self.hooks):
+            if getattr(o, name, None) is not was: setattr(o, name, was)
+        for (m, name), (now, was) in zip(_lists, self.lists): self._list_back(m, name, now, was)
+        for (get, put), was in zip(_settings, self.settings):
+            if get() != was: put(was)
+        if warnings.filters is not self.filters or self.filters != self.shown: self._filters_back()
+        if len(sys.modules) != len(self.modules): self._modules_back()
+    def _list_back(self, module, name, now, was): # What was taken out comes back at the end
+        if getattr(module, name, None) is not now: setattr(module, name, now)
+        if now == was: return
+        now += [o for o in was if o not in now]
+    def _filters_back(self): # Those that a library sets for a message or a module of its own may stay
+        added = [f for f in warnings.filters if f not in self.shown and f[0] != 'error' and (f[1] or f[3])]
+        self.filters[:] = added + self.shown
+        warnings.filters = self.filters
+        warnings._filters_mutated()
+    def _modules_back(self):
+        for name in self.modules:
+            if name not in sys.modules: sys.modules[name] = self.modules[name]
+_process = _Process()
+
 # %% ../nbs/01_repl.ipynb #86ed4b3e
 _csignal = sys.modules['_signal'] # Without the enums of `signal`, which cost time
 _numbers_of_signals = [int(n) for n in signal.valid_signals()]
@@ -488,9 +555,11 @@ class _OfThread:
     "Signal mask, tracer, profiler and block of this thread; on the main thread the signals too."
     def __init__(self):
         self.block, self.tracer, self.profiler = current_block.get(), sys.gettrace(), sys.getprofile()
+        self.depth = sys.getrecursionlimit()
         self.mask = _set_mask and _set_mask(signal.SIG_BLOCK, ())
         self.signals = _Signals() if _is_main() else None
     def put_back(self):
+        if sys.getrecursionlimit() < self.depth: sys.setrecursionlimit(self.depth)
         if sys.gettrace() is not self.tracer: sys.settrace(self.tracer)
         if sys.getprofile() is not self.profiler: sys.setprofile(self.profiler)
         _builtins.put_back()
@@ -736,7 +805,9 @@ def exec_code(
     streams = _install()
     bash = lang in ('bash', 'sh')
     def job(): shielded(_run_bash, code, block, timeout) if bash else shielded(_keep_thread, _run, code, ns, max_output)
-    err, ctrl_c = _guarded(job, block, None if bash else timeout, thread)
+    _process.enter()
+    try: err, ctrl_c = _guarded(job, block, None if bash else timeout, thread)
+    finally: _process.leave()
     block.open = True
     odd, again = _guarded(lambda: _finish(res, ns, scaffold), block, grace, thread)
     for name, o in zip(_streams, streams): setattr(sys, name, o) # The code may have put anything there

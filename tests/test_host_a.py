@@ -3,7 +3,7 @@ import os, signal, subprocess, sys, textwrap, threading, time
 import pytest
 import rlm
 from rlm import ScriptLM, exec_code, rlm_iter, rlm_run
-from common import at, block, environment, on_both, posix
+from common import at, block, environment, on_both, posix, turn
 
 LONG = 180 # Seconds after which something hangs
 
@@ -135,3 +135,73 @@ def test_the_timer_of_the_caller_goes_on():
         while not fired and time.monotonic() < end: time.sleep(.01)
         assert fired
     finally: signal.setitimer(signal.ITIMER_REAL, 0); signal.signal(signal.SIGALRM, old)
+
+# The scaffold
+
+TAKEN = {
+    'for': 'for context in range(3): pass', 'bound': 'context = 1', 'deleted': 'del context', 'with': 'with open(__import__("os").devnull) as context: pass',
+    'imported': 'import json as context', 'a def': 'def context(): pass', 'globals': 'globals().clear()', 'history': 'history = 5', 'history deleted': 'history = 1; del history',
+    'an earlier one': 'context_0 = 7', 'an earlier one deleted': 'del context_0', 'raises': 'context = 5\n1/0', 'FINAL': 'FINAL = None', 'llm_query': 'del llm_query',
+}
+
+@on_both
+@pytest.mark.parametrize('how', TAKEN)
+def test_a_context_that_a_block_loses_is_there_again(how, off_main):
+    def go():
+        ns, seen = {}, []
+        look = lambda msgs: seen.append((ns['context'], ns['context_0'], [m['content'] for m in msgs])) or block('n = len(context)', 'FINAL_VAR(n)')
+        rlm_run('Q', 'first', ns, ScriptLM([block('x = 1', 'FINAL(1)')]))
+        res = rlm_run('Q', 'second!', ns, ScriptLM(lambda msgs: [block(TAKEN[how]), block(TAKEN[how]), look][turn(msgs)] if turn(msgs) < 2 else look(msgs)))
+        (context, old, msgs), = seen
+        assert (context, old) == ('second!', 'first') and res.value == 7
+        assert sum('belongs to the REPL and was put back' in m for m in msgs) == 1
+        assert rlm_run('Q', None, ns, ScriptLM([block('n = len(context)', 'FINAL_VAR(n)')])).value == 7
+        return True
+    assert at(off_main, go)
+
+def test_the_caller_may_change_the_context_between_blocks():
+    ns = {}
+    for i, it in enumerate(rlm_iter('Q', 'abc', ns, ScriptLM([block('x = 1'), block('y = context'), block('z = context', 'FINAL_VAR(z)')]))):
+        if i == 0: ns['context'] = 'mine'
+    assert ns['y'] == ns['z'] == 'mine'
+
+# Builtins and what else all share
+
+BROKEN = {
+    'len': 'builtins.len = None', 'a lambda': 'builtins.len = lambda o: 1/0', 'print': 'builtins.print = lambda *a, **kw: None', '__import__': 'builtins.__import__ = None',
+    'deleted': 'del builtins.isinstance, builtins.len', 'all': 'builtins.__dict__.clear()', 'added': 'builtins.leak = 1', 'build_class': 'del builtins.__build_class__',
+    'types': 'builtins.str = builtins.dict = builtins.Exception = int', 'in a sub-call': 'builtins.len = builtins.range = builtins.min = None\nllm_query("hi")',
+    'in sub-calls': 'builtins.__dict__.clear()\nrlm_query_batched(["a", "b"])', '__builtins__': '__builtins__["len"] = 1 if type(__builtins__) is dict else setattr(__builtins__, "len", 1)',
+    'recursion': 'import sys\nsys.setrecursionlimit(60)', 'warnings': 'import warnings\nwarnings.simplefilter("error")', 'hooks': 'import sys, threading\nsys.excepthook = sys.displayhook = threading.excepthook = None',
+    'gc': 'import gc\ngc.disable()', 'sys.path': 'import sys\nsys.path.clear()', 'sys.modules': 'import sys\nfor k in ["json", "asyncio", "threading", "linecache"]: del sys.modules[k]',
+    'all modules': 'import sys\nsys.modules.clear()', 'switch': 'import sys\nsys.setswitchinterval(100)', 'threads': 'import threading\nthreading.settrace(lambda *a: 1/0)',
+    'locale': 'import locale\nlocale.setlocale(locale.LC_ALL, "C.UTF-8")', 'chdir': 'import os\nos.chdir("/")', 'path': 'import sys\nsys.path = None', 'meta_path': 'import sys\nsys.meta_path = []',
+}
+
+@pytest.mark.parametrize('off_main', [False, True], ids=['main', 'thread'])
+@pytest.mark.parametrize('how', BROKEN)
+def test_the_process_is_whole_after_a_block(how, off_main):
+    out = script(f'''
+        import builtins, gc, locale, sys, threading, warnings
+        from rlm import ScriptLM, exec_code, llm_query, rlm_run
+        def block(code, then=''): return f'Next.\\n```repl\\n{{code}}\\n```\\n{{then}}'
+        def script(*replies): return ScriptLM([*replies, 'FINAL(ok)', 'FINAL(ok)', 'FINAL(ok)'])
+        import rlm.lm; rlm.lm._get_loop()
+        builtins.mine = 1
+        sys.path.append('/mine')
+        def state(): return ([(k, id(v)) for k, v in sorted(builtins.__dict__.items())], sys.excepthook, sys.displayhook, threading.excepthook, sys.getrecursionlimit(), gc.isenabled(),
+            list(warnings.filters), sys.getswitchinterval(), locale.setlocale(locale.LC_ALL), threading.gettrace(), list(sys.path), id(sys.modules), list(sys.meta_path), 'json' in sys.modules)
+        def go():
+            global was
+            code = 'import builtins\\n' + {BROKEN[how]!r}
+            rlm_run('Q', 'abc', dict(), script(block('x = 1'), 'FINAL(warm)'))
+            was = state()
+            rlm_run('Q', 'abc', dict(), script(block(code)))
+            print('whole', state() == was)
+            res = rlm_run('Q', 'abc', dict(), script(block('import json\\nr = [len(context), llm_query("c")]', 'FINAL_VAR(r)'), 'C'))
+            print(res.value)
+        if {off_main}:
+            t = threading.Thread(target=go); t.start(); t.join()
+        else: go()
+    ''')
+    assert out == "whole True\n[3, 'C']\n"
