@@ -9,7 +9,7 @@ __all__ = ['current_block', 'grace', 'CappedText', 'Block', 'outside_block', 'su
            'restore_builtins', 'CodeThread', 'exec_code', 'unnumbered']
 
 # %% ../nbs/01_repl.ipynb #41296eea
-import ast, builtins, codecs, contextvars, ctypes, functools, gc, itertools, json, linecache, locale, operator, os, random, re, signal, subprocess, sys, threading, time, traceback, warnings
+import ast, builtins, codecs, contextvars, ctypes, functools, gc, getpass, itertools, json, linecache, locale, operator, os, random, re, signal, subprocess, sys, threading, time, traceback, warnings
 from collections import deque
 from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future, wait
@@ -104,6 +104,52 @@ def _install(): # Idempotent, and again after somebody else replaced a stream; r
         if not isinstance(real, _Routed): setattr(sys, name, _Routed(real or open(os.devnull, 'w'), name.strip('_')))
     if threading.Thread.start is not _start_with_context: threading.Thread.start = _start_with_context
     return [getattr(sys, name) for name in _streams]
+
+# %% ../nbs/01_repl.ipynb #148c88bd
+_nobody = 'no person is at the other end of this REPL: its standard input is empty. Go on without it.'
+
+class _NoInput:
+    "Standard input as a block has it."
+    name, mode, encoding, errors, newlines, closed = '<stdin>', 'r', 'utf-8', 'strict', None, False
+    def read(self, *args): raise EOFError(_nobody)
+    readline = readlines = readinto = read1 = __next__ = read
+    def __iter__(self): return self
+    def fileno(self): raise OSError(_nobody)
+    def isatty(self): return False
+    def readable(self): return True
+    def writable(self): return False
+    seekable = writable
+    def flush(self): pass
+    close = detach = flush
+    @property
+    def buffer(self): return self
+
+_no_input = _NoInput()
+
+class _RoutedIn:
+    "The standard input, but for the block that is running in this context."
+    def __init__(self, real): self.__dict__.update(real=real)
+    def _source(self): return self.real if current_block.get() is None else _no_input
+    def __getattr__(self, k): return getattr(self._source(), k)
+    def __setattr__(self, k, v): setattr(self._source(), k, v)
+    def __iter__(self): return iter(self._source())
+    def __next__(self): return next(self._source())
+    def __enter__(self): return self
+    def __exit__(self, *args): self.close()
+
+class _RoutedAsk:
+    "`input` or `getpass` of the host, but for a block."
+    def __init__(self, real): functools.update_wrapper(self, real); self.real = real
+    def __call__(self, *args, **kw):
+        if current_block.get() is None: return self.real(*args, **kw)
+        raise EOFError(_nobody)
+
+def _install_input(): # Idempotent, as a kernel puts its own `input` there for each cell
+    for name in ('stdin', '__stdin__'):
+        real = getattr(sys, name, None)
+        if real is not None and type(real) is not _RoutedIn: setattr(sys, name, _RoutedIn(real))
+    if type(builtins.input) is not _RoutedAsk: builtins.input = _RoutedAsk(builtins.input)
+    if type(getpass.getpass) is not _RoutedAsk: getpass.getpass = _RoutedAsk(getpass.getpass)
 
 # %% ../nbs/01_repl.ipynb #9ce0c348
 _kinds = {id(t): kind for kind, ts in dict(value=(bool, float), sized=(bytes, bytearray, list, tuple, dict, set, frozenset, deque),
@@ -502,7 +548,9 @@ class _Process:
         self.lists = [(o := getattr(m, name), list(o)) for m, name in _lists]
         self.settings = [get() for get, put in _settings]
         self.filters, self.shown = warnings.filters, list(warnings.filters)
-        if len(self.modules) != len(sys.modules): self.modules = dict(sys.modules)
+        if len(self.modules) != len(sys.modules) or self._lacks_modules():
+            self.modules = dict(sys.modules)
+            self.last = list(self.modules)[-1]
     def _put_back(self):
         for (o, name), was in zip(_hooks, self.hooks):
             if getattr(o, name, None) is not was: setattr(o, name, was)
@@ -510,7 +558,7 @@ class _Process:
         for (get, put), was in zip(_settings, self.settings):
             if get() != was: put(was)
         if warnings.filters is not self.filters or self.filters != self.shown: self._filters_back()
-        if len(sys.modules) != len(self.modules): self._modules_back()
+        if self._lacks_modules(): self._modules_back()
     def _list_back(self, module, name, now, was): # What was taken out comes back at the end
         if getattr(module, name, None) is not now: setattr(module, name, now)
         if now == was: return
@@ -520,6 +568,9 @@ class _Process:
         self.filters[:] = added + self.shown
         warnings.filters = self.filters
         warnings._filters_mutated()
+    def _lacks_modules(self): # A dict is in order: where one is gone, all after it have moved up
+        n = len(self.modules)
+        return n == 0 or next(itertools.islice(sys.modules, n - 1, None), None) != self.last
     def _modules_back(self):
         for name in self.modules:
             if name not in sys.modules: sys.modules[name] = self.modules[name]
@@ -803,6 +854,7 @@ def exec_code(
     block, res, t0, scaffold = Block(max_output), REPLResult(), time.perf_counter(), scaffold_of(ns)
     if scaffold is not None: begin(scaffold)
     streams = _install()
+    _install_input()
     bash = lang in ('bash', 'sh')
     def job(): shielded(_run_bash, code, block, timeout) if bash else shielded(_keep_thread, _run, code, ns, max_output)
     _process.enter()

@@ -205,3 +205,31 @@ def test_the_process_is_whole_after_a_block(how, off_main):
         else: go()
     ''')
     assert out == "whole True\n[3, 'C']\n"
+
+# Standard input, and the end of a block
+
+ASKS = {'input': 'input("Name? ")', 'input()': 'input()', 'read': 'sys.stdin.read()', 'readline': 'sys.stdin.readline()', 'a loop': 'for line in sys.stdin: print(line)',
+    'list': 'list(sys.stdin)', 'next': 'next(sys.stdin)', 'buffer': 'sys.stdin.buffer.read()', '__stdin__': 'sys.__stdin__.read()', 'getpass': 'import getpass; getpass.getpass()',
+    'from getpass': 'from getpass import getpass\ngetpass("Key: ")', 'builtins.input': 'import builtins; builtins.input()', 'in a thread': 'import concurrent.futures as c\nc.ThreadPoolExecutor().submit(input).result()'}
+ENDS = {'exit': 'exit()', 'exit 3': 'exit(3)', 'quit': 'quit()', 'sys.exit': 'sys.exit("bye")', 'raise': 'raise SystemExit', 'close': 'sys.stdin.close()', 'with': 'with sys.stdin: pass'}
+
+@on_both
+@pytest.mark.parametrize('how', ASKS)
+def test_a_question_to_nobody_is_an_eof_error_that_says_so(how, off_main):
+    res = at(off_main, exec_code, f'import sys\n{ASKS[how]}', {})
+    assert res.error.startswith('EOFError') and 'no person' in res.stderr, res
+
+@on_both
+@pytest.mark.parametrize('how', ENDS)
+def test_the_end_of_a_block_is_not_the_end_of_the_hosts_input(how, off_main):
+    out = script(f'''
+        import io, sys
+        sys.stdin = mine = io.StringIO('one\\ntwo\\nthree\\n')
+        sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})
+        from common import at
+        from rlm import exec_code
+        res = at({off_main}, exec_code, 'import sys\\nx = 1\\n' + {ENDS[how]!r}, ns := dict())
+        print(mine.closed, ns['x'], res.error is None or res.error.startswith('SystemExit'))
+        print(input(), sys.stdin.readline().strip(), list(sys.stdin))
+    ''')
+    assert out == "False 1 True\none two ['three\\n']\n"
