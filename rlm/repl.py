@@ -619,9 +619,11 @@ class _Signals:
         self.handlers = [_csignal.getsignal(n) for n in _numbers_of_signals]
         self.timers = [_csignal.getitimer(t) for t in _timers]
     def put_back(self):
-        for t, (left, every) in zip(_timers, self.timers): self._timer_back(t, left, every)
+        self.put_timers_back()
         for n, f in zip(_numbers_of_signals, self.handlers):
             if f is not None and _csignal.getsignal(n) is not f: _csignal.signal(n, f)
+    def put_timers_back(self):
+        for t, (left, every) in zip(_timers, self.timers): self._timer_back(t, left, every)
     def _timer_back(self, t, left, every):
         now, now_every = _csignal.getitimer(t)
         if left == now == 0: return
@@ -632,20 +634,34 @@ class _Signals:
         if left > 0: return left
         return every and every - (-left) % every
 
+def _noting(f): # `alarm` and `setitimer` work on all threads: elsewhere than on the main one a timer may be somebody else's
+    @functools.wraps(f)
+    def set_timer(*args):
+        block = current_block.get()
+        if block is not None: block.timed = True
+        return f(*args)
+    return set_timer
+
+for _name in ('alarm', 'setitimer'):
+    if hasattr(signal, _name) and not hasattr(getattr(signal, _name), '__wrapped__'): setattr(signal, _name, _noting(getattr(signal, _name)))
+
 class _OfThread:
     "Signal mask, tracer, profiler and block of this thread; on the main thread the signals too."
     def __init__(self):
         self.block, self.tracer, self.profiler = current_block.get(), sys.gettrace(), sys.getprofile()
         self.depth = sys.getrecursionlimit()
         self.mask = _set_mask and _set_mask(signal.SIG_BLOCK, ())
-        self.signals = _Signals() if _is_main() else None
+        self.main, self.signals = _is_main(), _Signals()
     def put_back(self):
         if sys.getrecursionlimit() < self.depth: sys.setrecursionlimit(self.depth)
         if sys.gettrace() is not self.tracer: sys.settrace(self.tracer)
         if sys.getprofile() is not self.profiler: sys.setprofile(self.profiler)
         _builtins.put_back()
         if current_block.get() is not self.block: current_block.set(self.block)
-        if self.signals: self._pending(); self.signals.put_back()
+        if self.main:
+            self._pending()
+            self.signals.put_back()
+        elif getattr(self.block, 'timed', False): self.signals.put_timers_back()
         if self.mask is not None and _set_mask(signal.SIG_BLOCK, ()) != self.mask: _set_mask(signal.SIG_SETMASK, self.mask)
     def _pending(self): # A signal that the block held off would come as soon as the mask is back
         if self.mask is None: return

@@ -233,3 +233,19 @@ def test_the_end_of_a_block_is_not_the_end_of_the_hosts_input(how, off_main):
         print(input(), sys.stdin.readline().strip(), list(sys.stdin))
     ''')
     assert out == "False 1 True\none two ['three\\n']\n"
+
+@posix
+def test_an_alarm_that_a_block_on_a_thread_leaves_never_fires():
+    out = script('''
+        import signal, threading, time
+        from rlm import exec_code
+        def go():
+            exec_code('import signal; signal.alarm(1)', dict())
+            exec_code('import signal; signal.setitimer(signal.ITIMER_REAL, .9)', dict(), timeout=50)
+        t = threading.Thread(target=go); t.start(); t.join()
+        print(signal.getitimer(signal.ITIMER_REAL)[0])
+        signal.alarm(1000)
+        t = threading.Thread(target=go); t.start(); t.join()
+        print(900 < signal.alarm(0) <= 1000)
+    ''')
+    assert out == '0.0\nTrue\n'
