@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from ._rlmpaper_compat import ModelUsageSummary
-from .repl import describe_error, interruptible, outside_block, shielded
+from .repl import describe_error, interruptible, outside_block, restore_builtins, shielded
 
 # %% ../nbs/02_lm.ipynb #67e67d7e
 Usage = ModelUsageSummary # What one call used, or many
@@ -77,6 +77,12 @@ def _reduce_error(e): # What `__init__` takes is not what `args` has, so it does
     return _same_error, (base, None if base is type(e) else type(e).__name__, args, state)
 RLMError.__reduce__ = _reduce_error
 
+# %% ../nbs/02_lm.ipynb #f7a12b60
+def _run_for_ever(loop): # A block may take builtins away while it runs: all runs share this loop, so it outlives that
+    while True:
+        try: return loop.run_forever()
+        except BaseException: restore_builtins()
+
 # %% ../nbs/02_lm.ipynb #c097f3e2
 _loop, _loop_lock = None, threading.Lock()
 
@@ -85,7 +91,7 @@ def _get_loop(): # The loop, on its own thread
     with _loop_lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
-            with outside_block(): threading.Thread(target=_loop.run_forever, daemon=True, name='rlm-loop').start()
+            with outside_block(): threading.Thread(target=_run_for_ever, args=[_loop], daemon=True, name='rlm-loop').start()
         return _loop
 
 class _Escaped(Exception): "What would end the loop, on its way to the thread that waits: the cause."
