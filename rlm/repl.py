@@ -9,7 +9,7 @@ __all__ = ['current_block', 'grace', 'languages', 'standard_languages', 'CappedT
            'Gate', 'interruptible', 'shielded', 'CodeThread', 'find_language', 'exec_code', 'unnumbered']
 
 # %% ../nbs/01_repl.ipynb #41296eea
-import ast, builtins, codecs, contextvars, ctypes, functools, itertools, json, linecache, os, random, re, signal, subprocess, sys, threading, time, traceback
+import ast, atexit, builtins, codecs, contextvars, ctypes, functools, inspect, itertools, json, linecache, os, random, re, signal, subprocess, sys, threading, time, traceback, weakref
 from collections import deque
 from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future, wait
@@ -332,11 +332,21 @@ def _run(code, ns, cap): # Compile and run; raises what the code raises
     name = _remember(code)
     tree = parse_code(code, name)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    body = compile(tree, name, 'exec', dont_inherit=True)
-    last = last and compile(ast.Expression(last.value), name, 'eval', dont_inherit=True) # All compiles before anything runs
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    body = compile(tree, name, 'exec', flags, dont_inherit=True)
+    last = last and compile(ast.Expression(last.value), name, 'eval', flags, dont_inherit=True) # All compiles before anything runs
     ns['__builtins__'] = builtins
+    if _is_coroutine(body) or _is_coroutine(last): return _show(_drive(_run_async(body, last, ns)), cap)
     exec(body, ns)
     if last: _show(eval(last, ns), cap)
+
+def _is_coroutine(code): return code is not None and bool(code.co_flags & inspect.CO_COROUTINE)
+
+async def _run_async(body, last, ns): # The value of the last expression
+    if _is_coroutine(body): await eval(body, ns)
+    else: exec(body, ns)
+    value = eval(last, ns) if last else None
+    return await value if _is_coroutine(last) else value
 
 # %% ../nbs/01_repl.ipynb #9612e27d
 def _strip(te): # Take the engine's own frames out of a traceback, and of those that it came from
@@ -540,8 +550,126 @@ def _run_bash(code, block, timeout): # Foreign code in a process of its own; not
         for o in pumps: o.join(1)
     if p.returncode: block.stderr.write(f'exit code {p.returncode}\n')
 
+# %% ../nbs/01_repl.ipynb #5c02a7e2
+class _OwnLoop:
+    "An event loop for the blocks of one thread, and the tasks that they made on it."
+    def __init__(self):
+        self.loop, self.tasks, self.main = None, set(), None
+        _own_loops.add(self)
+    def get(self): # The loop; code may have closed the one before
+        if self.loop is not None and not self.loop.is_closed(): return self.loop
+        import asyncio
+        self.tasks = tasks = set()
+        def make_task(loop, coro, **kw):
+            task = asyncio.Task(coro, loop=loop, **kw)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            return task
+        self.loop = asyncio.new_event_loop()
+        self.loop.set_task_factory(make_task)
+        self.loop.set_exception_handler(_report)
+        return self.loop
+    def close(self):
+        if self.loop is not None and not self.loop.is_running(): self.loop.close()
+    def __del__(self): self.close()
+
+_own_loops = weakref.WeakSet()
+
+def _close_loops(): # Before the process takes itself apart
+    for own in list(_own_loops): own.close()
+atexit.register(_close_loops)
+
+def _report(loop, context): # An interrupt that asyncio caught is no news: it is raised again
+    if not isinstance(context.get('exception'), BlockTimeout): loop.default_exception_handler(context)
+
+class _Loops(threading.local): # Of one thread: those at rest, and the one that its block has
+    def __init__(self): self.free, self.now = [], None
+_loops, _loops_of_parents = _Loops(), []
+
+def _forget_loops(): # A forked child must not close its parent's loops: they share what they wait on
+    global _loops
+    _loops_of_parents.extend(_own_loops)
+    _own_loops.clear()
+    _loops = _Loops()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forget_loops)
+
+def _stay_awake(loop): # While it runs on a CodeThread: what is raised there arrives only when it wakes
+    def tick():
+        if loop.is_running() and not loop.is_closed(): loop.call_later(.05, tick)
+    loop.call_soon(tick)
+
+def _patch_waiting(asyncio): # Loops that a block makes itself, too
+    wait_on = asyncio.BaseEventLoop.run_forever
+    @functools.wraps(wait_on)
+    def run_forever(self):
+        if current_block.get() is not None and _mine.gate.ident: _stay_awake(self)
+        return wait_on(self)
+    run_forever.rlm = True
+    asyncio.BaseEventLoop.run_forever = run_forever
+
+def _with_loop(f, own=None): # Call `f` while the thread has a loop for its blocks, and no other seems to run
+    import asyncio
+    if not hasattr(asyncio.BaseEventLoop.run_forever, 'rlm'): _patch_waiting(asyncio)
+    loops = _loops
+    if own is None: own = loops.free.pop() if loops.free else _OwnLoop()
+    running, outer = asyncio._get_running_loop(), loops.now
+    local = getattr(asyncio.get_event_loop_policy(), '_local', None)
+    was = getattr(local, '_loop', None), getattr(local, '_set_called', False)
+    asyncio._set_running_loop(None)
+    if local is None: asyncio.set_event_loop(own.get())
+    else: local._loop, local._set_called = own.get(), True
+    loops.now = own
+    try: return f()
+    finally:
+        loops.now = outer
+        if own not in loops.free: loops.free.append(own)
+        asyncio._set_running_loop(running)
+        if local is None: asyncio.set_event_loop(running)
+        else: local._loop, local._set_called = was
+
+def _until_done(coro): # The result of `coro` on the loop of this thread's block
+    own, ctx = _loops.now, contextvars.copy_context()
+    loop = own.get()
+    own.main = loop.create_task(coro, context=ctx)
+    res = loop.run_until_complete(own.main)
+    for var, value in ctx.items(): # As without `await`, what the code sets stays set
+        if var not in contextvars.copy_context() or var.get() is not value: var.set(value)
+    return res
+
+def _drive(coro): # Run a coroutine to its end in this thread
+    if _loops.now is not None: return _until_done(coro)
+    return shielded(_with_loop, lambda: interruptible(_until_done, coro))
+
+def _cancel_left(own): # Tasks that a block has left behind
+    tasks = [t for t in own.tasks if not t.done()]
+    if not tasks or own.loop.is_running() or own.loop.is_closed(): return
+    import asyncio
+    for t in tasks: t.cancel()
+    own.loop.run_until_complete(asyncio.wait(tasks, timeout=grace / 2))
+    stuck = [t for t in tasks if not t.done()]
+    for t in stuck: t._log_destroy_pending = False # An interrupt that came in asyncio's own code may have lost its next step
+    if stuck: own.close() # The next block has a new one
+    n = len(tasks) - (own.main in tasks)
+    what = 'task was' if n == 1 else 'tasks were'
+    if n > 0: sys.stderr.write(f'{n} {what} still under way at the end of the block, and cancelled.\n')
+
 # %% ../nbs/01_repl.ipynb #5c01a7e2
-def _run_python(code, ns, block, timeout, cap): _run(code, ns, cap)
+def _run_python(code, ns, block, timeout, cap):
+    if 'nest_asyncio' in code: _tame_nesting()
+    if 'asyncio' not in sys.modules: return _run(code, ns, cap) # No loop runs then
+    block.loop = own = _loops.free.pop() if _loops.free else _OwnLoop()
+    shielded(_with_loop, lambda: interruptible(_run, code, ns, cap), own)
+
+def _tame_nesting(): # In a block all works without it, and it would patch the whole process
+    try: import nest_asyncio
+    except ImportError: return
+    apply = nest_asyncio.apply
+    if hasattr(apply, 'rlm'): return
+    @functools.wraps(apply)
+    def apply_outside(loop=None):
+        if current_block.get() is None: apply(loop)
+    apply_outside.rlm = True
+    nest_asyncio.apply = apply_outside
 
 def _run_shell(code, ns, block, timeout, cap): shielded(_run_bash, code, block, timeout)
 _run_shell.keeps_time = True # It ends at its limit by itself
@@ -590,8 +718,13 @@ def _guarded(job, block, timeout, thread): # Run foreign code; returns (exceptio
 def _newest(names, n=50): # The last of them: a record of all, after each block, would grow with the square of the blocks
     return names if len(names) <= n else {'...': f'{len(names) - n:,} more', **dict(list(names.items())[-n:])}
 
-def _finish(res, ns, scaffold): # What is said of the namespace after a block; may run code of its objects
+def _end_tasks(block): # Of the block's loop, if it had one
+    own = getattr(block, 'loop', None)
+    if own is not None and own.tasks: shielded(_with_loop, lambda: interruptible(_cancel_left, own))
+
+def _finish(res, ns, scaffold, block): # What is said of the namespace after a block; may run code of its objects
     try:
+        _end_tasks(block)
         if scaffold is not None: res.final_answer, res.notes = settle(scaffold)
     finally: res.locals = _newest(summarize_ns(ns) if scaffold is None else scaffold.visible())
 
@@ -616,7 +749,7 @@ def exec_code(
     limit = None if hasattr(run, 'keeps_time') else timeout
     err, ctrl_c = _guarded(job, block, limit, thread)
     block.open = True
-    odd, again = _guarded(lambda: _finish(res, ns, scaffold), block, grace, thread)
+    odd, again = _guarded(lambda: _finish(res, ns, scaffold, block), block, grace, thread)
     for name, o in zip(_streams, streams): setattr(sys, name, o) # The code may have put anything there
     block.open, res.execution_time, res.llm_calls = False, time.perf_counter() - t0, block.calls
     return _result(res, block, err or odd, ctrl_c or again)

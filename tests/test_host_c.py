@@ -1,4 +1,5 @@
 """Code in this process: languages, await and asyncio, context variables, classes that other processes know, and sources that stay."""
+import asyncio
 import pytest
 from rlm import exec_code, repl
 
@@ -31,3 +32,89 @@ def test_a_language_is_a_row(monkeypatch):
         while True: pass
     monkeypatch.setitem(repl.languages, 'forever', run_forever)
     assert exec_code('', ns, lang='forever', timeout=.1).error.startswith('BlockTimeout')
+
+# await and asyncio, in every kind of host
+
+AWAITS = {
+    'await': ('import asyncio\nasync def f(): await asyncio.sleep(0); return 41\nx = await f()\nx + 1', '42\n'),
+    'await at the end': ('import asyncio\nasync def f(): await asyncio.sleep(0); return 42\nawait f()', '42\n'),
+    'a task': ('import asyncio\nasync def f(): print("inside"); return 42\nt = asyncio.create_task(f())\nawait t', 'inside\n42\n'),
+    'async for': ('async def g():\n    for i in range(3): yield i\nasync for o in g(): print(o)', '0\n1\n2\n'),
+    'async with': ('from contextlib import asynccontextmanager\n@asynccontextmanager\nasync def c(): yield 5\nasync with c() as o: print(o)', '5\n'),
+    'comprehensions': ('async def g():\n    for i in range(3): yield i\nasync def f(o): return o * 2\n[o async for o in g()], [await f(o) for o in (1, 2)]', '([0, 1, 2], [2, 4])\n'),
+    'gather': ('import asyncio\nasync def f(o): await asyncio.sleep(.001); print("f", o); return o\nprint(await asyncio.gather(f(1), f(2)))', 'f 1\nf 2\n[1, 2]\n'),
+    'to_thread': ('import asyncio\nawait asyncio.to_thread(print, "there")', 'there\n'),
+    'run': ('import asyncio\nasync def f(): await asyncio.sleep(0); print("in"); return 42\nasyncio.run(f())', 'in\n42\n'),
+    'run twice': ('import asyncio\nasync def f(): return 1\nasyncio.run(f()) + asyncio.run(f())', '2\n'),
+    'get_event_loop': ('import asyncio\nasync def f(): return 42\nloop = asyncio.get_event_loop()\nloop.run_until_complete(f())', '42\n'),
+    'run, then get_event_loop is closed': ('import asyncio\nasync def f(): return 42\nloop = asyncio.get_event_loop()\nloop.close()', ''),
+    'new_event_loop': ('import asyncio\nasync def f(): return 42\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\nprint(loop.run_until_complete(f()))\nloop.close()', '42\n'),
+    'nest_asyncio': ('import asyncio, nest_asyncio\nnest_asyncio.apply()\nasync def f(): return 42\nasyncio.run(f())', '42\n'),
+    'Runner': ('import asyncio\nasync def f(): return 42\nwith asyncio.Runner() as r: print(r.run(f()))', '42\n'),
+}
+
+def in_main(f): return f()
+def in_worker(f):
+    import concurrent.futures
+    with concurrent.futures.ThreadPoolExecutor(1) as ex: return ex.submit(f).result(HANG)
+def in_loop(f):
+    async def inside():
+        loop = asyncio.get_running_loop()
+        res = f()
+        assert asyncio.get_running_loop() is loop and asyncio.get_event_loop() is loop
+        await asyncio.sleep(0)
+        return res
+    return asyncio.run(inside())
+def in_code_thread(f, thread=None): return f(thread=repl.CodeThread())
+
+hosts = pytest.mark.parametrize('host', [in_main, in_worker, in_loop, in_code_thread])
+
+@hosts
+@pytest.mark.parametrize('timeout', [None, HANG])
+def test_asyncio_in_blocks(host, timeout):
+    before = asyncio.run
+    def all_of_them(**kw):
+        ns = {}
+        return [exec_code(code, ns, timeout=timeout, **kw) for code, _ in AWAITS.values()]
+    for (name, (code, out)), res in zip(AWAITS.items(), host(all_of_them)):
+        assert (name, res.error, res.stdout, res.stderr) == (name, None, out, '')
+    assert asyncio.run is before
+
+WAITS = {
+    'await': 'import asyncio\nawait asyncio.sleep(1000)',
+    'run': 'import asyncio\nasyncio.run(asyncio.sleep(1000))',
+    'busy': 'import asyncio\nasync def f():\n    while True: await asyncio.sleep(0)\nawait f()',
+    'gather': 'import asyncio\nawait asyncio.gather(*[asyncio.sleep(1000) for _ in range(3)])',
+}
+
+@hosts
+@pytest.mark.parametrize('name', WAITS)
+def test_a_time_limit_ends_what_awaits(host, name):
+    def both(**kw):
+        ns = {}
+        return exec_code(WAITS[name], ns, timeout=.2, **kw), exec_code('import asyncio\nawait asyncio.sleep(0, 5)', ns, timeout=HANG, **kw)
+    res, then = host(both)
+    assert res.error == 'BlockTimeout: stopped after 0.2 s' and (then.stdout, then.error) == ('5\n', None)
+
+@hosts
+def test_tasks_left_over_are_cancelled(host):
+    code = 'import asyncio\nseen = []\nasync def f():\n    try: await asyncio.sleep(1000)\n    except asyncio.CancelledError: seen.append(1); raise\nts = [asyncio.create_task(f()) for _ in range(2)]\nawait asyncio.sleep(0)'
+    def both(**kw):
+        ns = {}
+        return exec_code(code, ns, timeout=HANG, **kw), exec_code('seen', ns, timeout=HANG, **kw)
+    res, then = host(both)
+    assert res.error is None and res.stderr == '2 tasks were still under way at the end of the block, and cancelled.\n' and (then.stdout, then.stderr) == ('[1, 1]\n', '')
+
+def test_what_raises_in_await_is_the_blocks_error():
+    res = exec_code('async def f(): return 1/0\nawait f()', {})
+    assert res.error == 'ZeroDivisionError: division by zero' and 'asyncio' not in res.stderr and 'await f()' in res.stderr
+    assert exec_code('import sys\nasync def f(): sys.exit(3)\nawait f()', {}).error == 'SystemExit: 3'
+    assert exec_code('def f(): await g()', {}).error.startswith('SyntaxError')
+
+@hosts
+def test_a_context_variable_set_with_await_stays(host):
+    def both(**kw):
+        ns = {}
+        exec_code('import asyncio, contextvars\nv = contextvars.ContextVar("v")\nv.set(3)\nawait asyncio.sleep(0)\nv.set(4)', ns, **kw)
+        return exec_code('v.get()', ns, **kw)
+    assert host(both).stdout == '4\n'
