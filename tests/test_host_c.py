@@ -118,3 +118,43 @@ def test_a_context_variable_set_with_await_stays(host):
         exec_code('import asyncio, contextvars\nv = contextvars.ContextVar("v")\nv.set(3)\nawait asyncio.sleep(0)\nv.set(4)', ns, **kw)
         return exec_code('v.get()', ns, **kw)
     assert host(both).stdout == '4\n'
+
+# In a real kernel
+
+KERNEL = '''
+import asyncio
+from contextvars import ContextVar
+from rlm import ScriptLM, arlm_run, rlm_run
+unpatched = asyncio.run, asyncio.get_event_loop, type(asyncio.get_running_loop()).run_until_complete
+def block(code): return f"Next.\\n```repl\\n{code}\\n```\\n"
+def script(code): return ScriptLM([block(code), "FINAL_VAR(x)"])
+RUN = "import asyncio\\nasync def f(): await asyncio.sleep(0); return 42\\nx = asyncio.run(f())"
+LOOP = "import asyncio\\nasync def f(): await asyncio.sleep(0); return 42\\nx = asyncio.get_event_loop().run_until_complete(f())"
+NEST = "import nest_asyncio\\nnest_asyncio.apply()\\n" + RUN
+AWAIT = "import asyncio\\nasync def f(): await asyncio.sleep(0); return 42\\nx = await f()"
+ALL = [RUN, LOOP, NEST, AWAIT]
+'''
+
+@pytest.fixture(scope='module')
+def kernel(tmp_path_factory):
+    from test_kernel import Kernel
+    k = Kernel(tmp_path_factory.mktemp('kernel') / 'ready')
+    try:
+        k.run(KERNEL)
+        yield k
+    finally: k.close()
+
+def test_asyncio_in_a_kernel(kernel):
+    assert kernel.run('[rlm_run("Q", "abc", {}, script(o)).value for o in ALL]')[1:] == ('[42, 42, 42, 42]', '')
+    assert kernel.run('[(await arlm_run("Q", "abc", {}, script(o))).value for o in ALL]')[1:] == ('[42, 42, 42, 42]', '')
+    assert kernel.run('[r.value for r in await asyncio.gather(*[arlm_run("Q", "abc", {}, script(o)) for o in ALL * 5])] == [42] * 20')[1:] == ('True', '')
+    assert kernel.run('unpatched == (asyncio.run, asyncio.get_event_loop, type(asyncio.get_running_loop()).run_until_complete)')[1] == 'True'
+    assert kernel.run('c = asyncio.sleep(0)\ntry: asyncio.run(c)\nexcept RuntimeError as e: print(e)\nc.close()')[0] == 'asyncio.run() cannot be called from a running event loop\n'
+    assert kernel.run('loop = asyncio.get_running_loop()\nawait asyncio.sleep(.01)\nasyncio.get_event_loop() is loop')[1] == 'True'
+
+def test_a_cell_that_awaits_in_a_block_is_interrupted(kernel):
+    kernel.run('def ready(): open(FLAG, "w").close()'.replace('FLAG', repr(str(kernel.flag))))
+    for code in ('await asyncio.sleep(1000)', 'asyncio.run(asyncio.sleep(1000))'):
+        _, _, error = kernel.interrupt(f'rlm_run("Q", "abc", ns := {{}}, script("import asyncio\\nready()\\n{code}"), tools=dict(ready=ready))')
+        assert error['ename'] == 'KeyboardInterrupt'
+        assert kernel.run('await asyncio.sleep(0, 5)')[1] == '5' and kernel.run('rlm_run("Q", "abc", {}, script(AWAIT)).value')[1] == '42'
