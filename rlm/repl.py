@@ -9,7 +9,7 @@ __all__ = ['current_block', 'grace', 'languages', 'standard_languages', 'CappedT
            'Gate', 'interruptible', 'shielded', 'CodeThread', 'find_language', 'exec_code', 'unnumbered']
 
 # %% ../nbs/01_repl.ipynb #41296eea
-import ast, atexit, builtins, codecs, contextvars, ctypes, functools, inspect, itertools, json, linecache, os, random, re, signal, subprocess, sys, threading, time, traceback, weakref
+import ast, builtins, codecs, contextvars, ctypes, functools, inspect, itertools, json, linecache, os, random, re, signal, subprocess, sys, threading, time, traceback, weakref
 from collections import deque
 from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future, wait
@@ -471,7 +471,7 @@ def _on_main(job, timeout): # Run `job` on the main thread; returns (exception o
 # %% ../nbs/01_repl.ipynb #c92adef3
 class CodeThread:
     "A daemon thread that runs one job at a time. A job can be interrupted, and one that never ends can be left behind."
-    def __init__(self): self.jobs, self.gate, self.thread, self.stopped, self.over = SimpleQueue(), Gate(), None, False, False
+    def __init__(self): self.jobs, self.gate, self.thread, self.stopped, self.over = SimpleQueue(), Gate(), None, False, False; self.context = None
     def submit(self,
         job, # Function without arguments; what it calls by `interruptible` can be interrupted
     )->Future: # Its result; it has the job's `gate`
@@ -479,7 +479,9 @@ class CodeThread:
         fut = Future()
         fut.gate = self.gate = Gate()
         if self.stopped: fut.gate.interrupt()
-        self.jobs.put((fut, job))
+        if self.context is None:
+            with outside_block(): self.context = contextvars.copy_context() # Of whom it first works for; what jobs set there stays
+        self.jobs.put((fut, functools.partial(self.context.run, job)))
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, args=[self.jobs], daemon=True, name='rlm-code')
             with outside_block(): self.thread.start()
@@ -500,7 +502,7 @@ class CodeThread:
     def leave(self):
         "Let the thread end by itself once it is idle; the next job has a new one."
         if self.thread: self.jobs.put((None, None))
-        self.jobs, self.thread = SimpleQueue(), None
+        self.jobs, self.thread, self.context = SimpleQueue(), None, None # A job left behind keeps its context
     def close(self):
         "End the thread once it is idle. A job that comes all the same has a thread that ends after it."
         self.over = True
@@ -567,17 +569,14 @@ class _OwnLoop:
             return task
         self.loop = asyncio.new_event_loop()
         self.loop.set_task_factory(make_task)
+        self.end = weakref.finalize(self, _close_loop, self.loop)
         self.loop.set_exception_handler(_report)
         return self.loop
-    def close(self):
-        if self.loop is not None and not self.loop.is_running(): self.loop.close()
-    def __del__(self): self.close()
 
 _own_loops = weakref.WeakSet()
 
-def _close_loops(): # Before the process takes itself apart
-    for own in list(_own_loops): own.close()
-atexit.register(_close_loops)
+def _close_loop(loop): # With its owner, or with the process
+    if not loop.is_running(): loop.close()
 
 def _report(loop, context): # An interrupt that asyncio caught is no news: it is raised again
     if not isinstance(context.get('exception'), BlockTimeout): loop.default_exception_handler(context)
@@ -589,6 +588,8 @@ _loops, _loops_of_parents = _Loops(), []
 def _forget_loops(): # A forked child must not close its parent's loops: they share what they wait on
     global _loops
     _loops_of_parents.extend(_own_loops)
+    for own in _own_loops:
+        if own.loop is not None: own.end.atexit = False
     _own_loops.clear()
     _loops = _Loops()
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_forget_loops)
@@ -648,7 +649,7 @@ def _cancel_left(own): # Tasks that a block has left behind
     own.loop.run_until_complete(asyncio.wait(tasks, timeout=grace / 2))
     stuck = [t for t in tasks if not t.done()]
     for t in stuck: t._log_destroy_pending = False # An interrupt that came in asyncio's own code may have lost its next step
-    if stuck: own.close() # The next block has a new one
+    if stuck: own.end() # The next block has a new one
     n = len(tasks) - (own.main in tasks)
     what = 'task was' if n == 1 else 'tasks were'
     if n > 0: sys.stderr.write(f'{n} {what} still under way at the end of the block, and cancelled.\n')

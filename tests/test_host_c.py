@@ -1,7 +1,8 @@
 """Code in this process: languages, await and asyncio, context variables, classes that other processes know, and sources that stay."""
-import asyncio
+import asyncio, contextvars
 import pytest
-from rlm import exec_code, repl
+from common import block
+from rlm import Limits, ScriptLM, arlm_run, exec_code, repl, rlm_iter, rlm_run
 
 HANG = 180 # Seconds after which something hangs
 
@@ -122,9 +123,9 @@ def test_a_context_variable_set_with_await_stays(host):
 # In a real kernel
 
 KERNEL = '''
-import asyncio
+import asyncio, contextvars
 from contextvars import ContextVar
-from rlm import ScriptLM, arlm_run, rlm_run
+from rlm import Limits, ScriptLM, arlm_run, rlm_run
 unpatched = asyncio.run, asyncio.get_event_loop, type(asyncio.get_running_loop()).run_until_complete
 def block(code): return f"Next.\\n```repl\\n{code}\\n```\\n"
 def script(code): return ScriptLM([block(code), "FINAL_VAR(x)"])
@@ -158,3 +159,55 @@ def test_a_cell_that_awaits_in_a_block_is_interrupted(kernel):
         _, _, error = kernel.interrupt(f'rlm_run("Q", "abc", ns := {{}}, script("import asyncio\\nready()\\n{code}"), tools=dict(ready=ready))')
         assert error['ename'] == 'KeyboardInterrupt'
         assert kernel.run('await asyncio.sleep(0, 5)')[1] == '5' and kernel.run('rlm_run("Q", "abc", {}, script(AWAIT)).value')[1] == '42'
+
+# Context variables of the caller
+
+seen_by = contextvars.ContextVar('seen_by', default='nobody')
+
+def watched(host):
+    "What each kind of code saw of `seen_by`, in a run by `host(name)`."
+    seen = {}
+    def note(kind): seen.setdefault(kind, set()).add(seen_by.get())
+    def tool(): note('tool')
+    async def async_tool(): note('async tool')
+    def model(msgs):
+        if msgs[0]['role'] != 'system': note('sub-call'); return 'said'
+        if 'a child' in msgs[1]['content']:
+            note('child')
+            return block('tool()\nanswer = 1') + 'FINAL(done)' if len(msgs) < 3 else 'FINAL(done)'
+        note('model')
+        code = '\n'.join(['import threading', 'tool()', 'async_tool()', 'llm_query("x")', 'llm_query_batched(["y", "z"])', 'rlm_query("a child")',
+            'rlm_query_batched(["a child 2", "a child 3"])', 't = threading.Thread(target=tool)', 't.start()', 't.join()', 'x = 1'])
+        return block(code) if len(msgs) < 3 else 'FINAL_VAR(x)'
+    def on_event(*args, **kw): note('event')
+    options = dict(model=model, tools=dict(tool=tool, async_tool=async_tool), on_event=on_event, limits=Limits(max_depth=2))
+    seen_by.set('the caller')
+    res = host(options)
+    assert all(b.result.error is None for it in res.iterations for b in it.code_blocks), res.iterations
+    return seen
+
+def by_run(options): return rlm_run('Q', 'abc', {}, **options)
+def by_arun(options): return asyncio.run(arlm_run('Q', 'abc', {}, **options))
+def by_iter(options):
+    steps = rlm_iter('Q', 'abc', {}, **options)
+    while True:
+        try: next(steps)
+        except StopIteration as e: return e.value
+def by_run_in_a_loop(options):
+    async def inside(): return by_run(options)
+    return asyncio.run(inside())
+
+@pytest.mark.parametrize('host', [by_run, by_arun, by_iter, by_run_in_a_loop])
+def test_the_callers_context_is_seen_everywhere(host):
+    seen = contextvars.copy_context().run(watched, host)
+    assert seen == {k: {'the caller'} for k in ('model', 'tool', 'async tool', 'sub-call', 'child', 'event')}
+
+def test_runs_at_once_have_their_own_context():
+    seen = []
+    def tool(): seen.append(seen_by.get())
+    async def one(i):
+        seen_by.set(i)
+        await arlm_run('Q', 'abc', {}, ScriptLM([block('tool()\nx = 1'), 'FINAL_VAR(x)']), tools=dict(tool=tool))
+    async def all_of_them(): await asyncio.gather(*[one(i) for i in range(10)])
+    asyncio.run(all_of_them())
+    assert sorted(seen) == list(range(10))
