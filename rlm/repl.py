@@ -15,7 +15,7 @@ from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from queue import SimpleQueue
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from ._rlmpaper_compat import FinalAnswer, QueryMetadata, REPLResult, head_tail, parse_code, type_module, type_name
 
 # %% ../nbs/01_repl.ipynb #3a76b0a5
@@ -315,12 +315,29 @@ def settle(
 _numbers, _files = itertools.count(1), deque()
 _here = os.path.join(os.path.dirname(os.path.abspath(globals().get('__file__', 'rlm/repl.py'))), '')
 
-def _remember(code): # A file name under which tracebacks find the source; the last 1,000 blocks are kept
+def _remember(code): # A file name under which tracebacks find the source; the last 1,000 blocks are kept, and those of what lives
     name = f'<block {next(_numbers)}>'
     linecache.cache[name] = len(code), None, code.splitlines(True), name
     _files.append(name)
-    if len(_files) > 1000: linecache.cache.pop(_files.popleft(), None)
+    if len(_files) > 1000: _forget_one()
     return name
+
+def _forget_one(): # The source of the oldest block; if something that it made lives, it goes to the end of the queue
+    for _ in range(3): # One comes with each block, so that this keeps up
+        name = _files.popleft()
+        if any(ref() is not None for ref in _made.get(name, ())): _files.append(name)
+        else:
+            _made.pop(name, None)
+            linecache.cache.pop(name, None)
+        if len(_files) <= 1000: return
+
+_made = {} # File name -> weak references to the code of functions and classes that a block defines
+
+def _codes(code): # All code objects inside of one
+    for o in code.co_consts:
+        if isinstance(o, CodeType):
+            yield o
+            yield from _codes(o)
 
 def _show(value, cap): # The repr of a last expression
     if value is None: return
@@ -335,6 +352,8 @@ def _run(code, ns, cap): # Compile and run; raises what the code raises
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     body = compile(tree, name, 'exec', flags, dont_inherit=True)
     last = last and compile(ast.Expression(last.value), name, 'eval', flags, dont_inherit=True) # All compiles before anything runs
+    refs = [weakref.ref(o) for o in _codes(body)]
+    if len(refs) > 0: _made[name] = refs
     ns['__builtins__'] = builtins
     if _is_coroutine(body) or _is_coroutine(last): return _show(_drive(_run_async(body, last, ns)), cap)
     exec(body, ns)

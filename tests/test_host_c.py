@@ -211,3 +211,21 @@ def test_runs_at_once_have_their_own_context():
     async def all_of_them(): await asyncio.gather(*[one(i) for i in range(10)])
     asyncio.run(all_of_them())
     assert sorted(seen) == list(range(10))
+
+# Sources
+
+def test_the_source_of_a_living_function_stays():
+    import gc, inspect, linecache
+    ns = {}
+    exec_code('def kept(x):\n    return x + 1\nclass C:\n    def method(self): return 1', ns)
+    exec_code('def dropped(x):\n    return x + 2', ns)
+    gone = ns.pop('dropped').__code__.co_filename
+    gc.collect()
+    for i in range(2200): exec_code(f'x = {i}', ns)
+    assert inspect.getsource(ns['kept']) == 'def kept(x):\n    return x + 1\n'
+    assert inspect.getsource(ns['C'].method).strip() == 'def method(self): return 1'
+    assert gone not in linecache.cache
+    n = len(repl._files)
+    for i in range(1500): exec_code(f'def again(x): return {i}', ns)
+    for i in range(1500): exec_code('pass', ns)
+    assert len(repl._files) <= max(n, 1010) and 'return 1499' in inspect.getsource(ns['again'])
