@@ -8,7 +8,7 @@ __all__ = ['Usage', 'Reply', 'priced', 'RLMError', 'LMError', 'LMAuthError', 'LM
            'price_of', 'ClaudetteLM', 'LitellmLM', 'get_lm']
 
 # %% ../nbs/02_lm.ipynb #88d45e81
-import asyncio, copy, functools, importlib.util, inspect, json, os, pickle, random, re, sys, threading
+import asyncio, contextvars, copy, functools, importlib.util, inspect, json, os, pickle, random, re, sys, threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -84,15 +84,23 @@ def _run_for_ever(loop): # A block may take builtins away while it runs: all run
         except BaseException: restore_builtins()
 
 # %% ../nbs/02_lm.ipynb #c097f3e2
-_loop, _loop_lock = None, threading.Lock()
+_loops, _loop_lock = [], threading.Lock()
 
-def _get_loop(): # The loop, on its own thread
-    global _loop
+class _Level(threading.local): n = 0 # How many of our loops wait for what this thread does
+_level = _Level()
+
+def _serve_loop(loop, n): # What the thread of a loop does
+    _level.n = n
+    _run_for_ever(loop)
+
+def _get_loop(n=0): # The loop, on its own thread; number n + 1 is for what number n waits for
     with _loop_lock:
-        if _loop is None:
-            _loop = asyncio.new_event_loop()
-            with outside_block(): threading.Thread(target=_run_for_ever, args=[_loop], daemon=True, name='rlm-loop').start()
-        return _loop
+        while len(_loops) <= n:
+            loop = asyncio.new_event_loop()
+            _loops.append(loop)
+            t = threading.Thread(target=_serve_loop, args=[loop, len(_loops)], daemon=True, name='rlm-loop')
+            with outside_block(): t.start()
+        return _loops[n]
 
 class _Escaped(Exception): "What would end the loop, on its way to the thread that waits: the cause."
 
@@ -100,8 +108,8 @@ async def _contained(coro): # asyncio lets these two end the loop, and with it a
     try: return await coro
     except (KeyboardInterrupt, SystemExit) as e: raise _Escaped from e
 
-def _schedule(coro): # A concurrent future for `coro` on the loop; what it prints is not the block's
-    loop = _get_loop()
+def _schedule(coro, n=0): # A concurrent future for `coro` on the loop; what it prints is not the block's
+    loop = _get_loop(n)
     def drop(fut): # One that was cancelled before it began is never awaited
         if fut.cancelled(): loop.call_soon_threadsafe(lambda: coro.close() if inspect.getcoroutinestate(coro) == inspect.CORO_CREATED else None)
     with outside_block(): fut = asyncio.run_coroutine_threadsafe(_contained(coro), loop)
@@ -126,7 +134,7 @@ class Underway:
         for o in list(self.all): o.cancel()
 
 def _wait_for(coro, underway): # The result of `coro` on the background loop
-    fut = _schedule(coro)
+    fut = _schedule(coro, _level.n)
     try:
         with underway.holding(fut):
             while True: # Wake now and then: what another thread raises in this one arrives only between two bytecodes
@@ -141,12 +149,6 @@ def run_sync(
     underway:Underway|None=None, # Where others can cancel it
 ): # Its result
     "Run `coro` on the background loop and wait for it; an interrupt cancels it."
-    try: same = asyncio.get_running_loop() is _loop
-    except RuntimeError: same = False
-    if same:
-        import nest_asyncio
-        nest_asyncio.apply(_loop)
-        return _loop.run_until_complete(coro)
     return shielded(_wait_for, coro, underway or Underway())
 
 async def on_loop(
@@ -164,7 +166,7 @@ def _serve(jobs): # What such a thread does
         res = err = None
         if fut.set_running_or_notify_cancel():
             try: res = f(*args)
-            except StopIteration as e: err = RuntimeError(f'{f!r} raised {e!r}') # A future cannot hold it
+            except StopIteration as e: err = RuntimeError(f'a function raised {e!r}') # A future cannot hold it
             except BaseException as e: err = e
             _idle.append(jobs) # Before the result is there, so that the next call finds it
             fut.set_exception(err) if err else fut.set_result(res)
@@ -177,17 +179,20 @@ async def in_thread(
 ): # Its result
     "Run `f` on a daemon thread of its own; idle ones are used again. The default executor has few threads, and they hold up the exit of the process."
     fut = Future()
+    with outside_block(): ctx = contextvars.copy_context()
+    def in_context(*args): return ctx.run(f, *args)
     try: jobs = _idle.pop()
     except IndexError:
         jobs = SimpleQueue()
         with outside_block(): threading.Thread(target=_serve, args=[jobs], daemon=True, name='rlm-call').start()
-    jobs.put((fut, f, args))
+    jobs.put((fut, in_context, args))
     return await asyncio.wrap_future(fut)
 
 # %% ../nbs/02_lm.ipynb #1cbd1d94
 def _after_fork(): # A forked child has no copy of the loop's thread: begin anew
-    global _loop, _loop_lock
-    _loop, _loop_lock = None, threading.Lock()
+    global _loops, _loop_lock
+    _loops, _loop_lock = [], threading.Lock()
+    _level.n = 0
     _idle.clear()
     _client.cache_clear()
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
@@ -277,7 +282,7 @@ def _claudette(): # claudette's AsyncClient, less the arguments that are not set
     return Client
 
 @functools.cache
-def _client(base_url, api_key, timeout): # One connection pool for each server and key
+def _client(base_url, api_key, timeout, n=0): # One connection pool for each server, key and loop
     from anthropic import AsyncAnthropic
     return AsyncAnthropic(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0)
 
@@ -362,7 +367,7 @@ async def _stream(client, msgs, sp, args): # As claudette's call with `stream=Tr
 async def _send(lm, msgs, cache): # One try; returns the provider's message
     sp, rest = _payload(msgs, cache)
     cls = _claudette() if _claudette.cache_info().currsize else await in_thread(_claudette)
-    client = cls(lm.name, cli=_client(*lm.client_args))
+    client = cls(lm.name, cli=_client(*lm.client_args, _level.n))
     return await (_stream(client, rest, sp, lm.call_args) if lm.streams else client(rest, sp=sp, **lm.call_args))
 
 async def _call(lm, msgs, cache): # All tries; returns the message and what the failed ones had used

@@ -356,6 +356,7 @@ class RemoteNS(RemoteDict):
     )->REPLResult: # What it did
         "Run a block inside. A process that ends or has to be killed is an error in the result."
         if not isinstance(code, str): raise TypeError(f'`code` must be a str, not a {type(code).__name__}')
+        repl.find_language(lang, repl.standard_languages) # Before anything is sent
         stopping = self._session is not None and self._session.stop_at is not None # Of a run that was cancelled: its last block is about to end
         if not self._running.acquire(timeout=2 * repl.grace if stopping else 0): raise RuntimeError('a block is running in this namespace already')
         try: return shielded(self._exec, code, lang, timeout, max_output)

@@ -1,5 +1,5 @@
 """Hostile and unlucky code: whatever a block does, `exec_code` returns a REPLResult, and the next block, the other runs and the host are unharmed."""
-import asyncio, gc, json, os, signal, sys, textwrap, threading, time, tracemalloc
+import ast, asyncio, gc, json, os, signal, sys, textwrap, threading, time, tracemalloc
 from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 from hypothesis import given, strategies as st
@@ -56,7 +56,7 @@ RAISES = {
     'x = 1\nx +': 'SyntaxError: invalid syntax',
     'if True:\nx = 1': 'IndentationError: expected an indented block',
     'return 5': "SyntaxError: 'return' outside function",
-    'await f()': "SyntaxError: 'await' outside function",
+    'await f()': "NameError: name 'f' is not defined",
     'x = "\ud800"': 'UnicodeEncodeError: ',
     'x = 1\0': 'SyntaxError: source code string cannot contain null bytes',
     '(' * 300 + ')' * 300: 'SyntaxError: too many nested parentheses',
@@ -72,7 +72,7 @@ RAISES = {
 }
 
 def compiles(code):
-    try: compile(code, '', 'exec')
+    try: compile(code, '', 'exec', ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     except (SyntaxError, ValueError): return False
     return True
 
