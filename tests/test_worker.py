@@ -119,8 +119,11 @@ def test_what_is_replaced(ns, what):
     first = go('mine = 1\n' + LOST[what], ns)
     second = go('print(context, "mine" in globals())', ns)
     assert time.monotonic() - t0 < LONG / 2 # Nobody waited for the time limit
-    assert (second.stdout, second.error) == ('the text False\n', None)
     told = first.notes + second.notes
+    if what == 'the line read' and second.error: # What was taken is missed when the next frame comes, and that may be this block's own
+        assert second.error.startswith('SessionLost')
+        second = go('print(context, "mine" in globals())', ns)
+    assert (second.stdout, second.error) == ('the text False\n', None)
     assert len(told) == 1 and 'all variables that you made are gone. There again: `context`.' in told[0]
     check_use(ns)
 
