@@ -7,7 +7,7 @@ __all__ = ['SessionLost', 'SandboxError', 'NamespaceClosed', 'check_numbers', 'S
            'RemoteNS']
 
 # %% ../nbs/08_remote.ipynb #65c4ed77
-import contextvars, inspect, itertools, os, threading, time, weakref
+import contextvars, inspect, itertools, os, re, threading, time, weakref
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Mapping, MutableMapping
@@ -59,6 +59,7 @@ class Session:
     ):
         self.link, self.wire, self.owner, self.pid, self.lock = link, link.wire, weakref.ref(owner), os.getpid(), threading.RLock()
         self.numbers, self.pending, self.calls, self.lost, self.told, self.odd = itertools.count(1), {}, {}, None, False, 0
+        self.so_far, self.ticks = {}, 0 # What the block has printed, as it was last told; how often that was asked for
         self.rest()
         with outside_block(): threading.Thread(target=self._read, daemon=True, name='rlm-session').start()
     def request(self,
@@ -73,6 +74,7 @@ class Session:
             if self.lost: raise SessionLost(self.lost)
             self.pending[n] = fut
             if block: self.job, self.block, self.context, self.stop_at = n, block, contextvars.copy_context(), None
+            if block: self.ticks += 1 # A block that ends its process says unasked what it has printed
         try: self.wire.send(dict(head, op=op, id=n), raw)
         except BrokenPipeError: self.end()
         except BaseException: self.pending.pop(n, None); raise
@@ -90,16 +92,21 @@ class Session:
             try: return fut.result(step) if self.stop_at else interruptible(fut.result, step) # Once is enough
             except TimeoutError:
                 if not self.link.alive(): self.end() # And something that it started holds on to the pipe
+                self._tick()
     def interrupt(self):
         "Interrupt the block that runs. It has `grace` seconds to end; who waits for it repeats this meanwhile."
         with self.lock:
             if self.job and not self.stop_at: self.stop_at = time.monotonic() + repl.grace; self._interrupt()
     def _interrupt(self):
         with self.lock, suppress(BrokenPipeError): # It has ended by itself, and `wait` says so
-            if self.job: self.wire.send(dict(op='interrupt', job=self.job))
+            if self.job: self.wire.send(dict(op='interrupt', id=0, job=self.job)); self.ticks += 1
+    def _tick(self): # Ask what the block has printed by now; a worker that has lost its line notices it so
+        if not self.job or self.wire.out.qsize(): return
+        self.ticks += 1
+        with suppress(BrokenPipeError): self.wire.send(dict(op='tick', id=0))
     def rest(self):
         "The block is over."
-        with self.lock: self.job, self.block, self.context, self.stop_at = 0, None, None, None
+        with self.lock: self.job, self.block, self.context, self.stop_at, self.so_far = 0, None, None, None, {}
     def end(self,
         why:str='', # What is said of it; how the process ended if empty
     ):
@@ -125,9 +132,13 @@ class Session:
         if type(n) is not int: raise FrameError('a frame without a number')
         if op == 'call': self._call(n, head)
         elif op == 'cancel' and n in self.calls: self.calls[n].stop()
+        elif op == 'so_far' and self.ticks > 0: self._printed(head)
         elif op == 'done' and (fut := self.pending.pop(n, None)): fut.set_result((head, raw))
         else: self.odd += 1000 + self.wire.size # Late, or made up
         if self.odd > 2**29 or self.wire.out.qsize() > 10_000: raise FrameError('a flood of frames')
+    def _printed(self, head): # What a block has printed before its end
+        self.ticks -= 1
+        if head['job'] == self.job: self.so_far = dict(stdout=head['stdout'], stderr=head['stderr'])
     def _call(self, n, head): # A call of the host, each on a thread of its own
         name, args, kwargs = head['name'], head['args'], head['kwargs']
         if not (type(name) is str and type(args) is list and type(kwargs) is dict): raise FrameError('an odd call')
@@ -178,6 +189,7 @@ class SessionKeeper:
         self.host_methods, self.max_value, self.cap = _methods(host_methods), max_value, max_value * 2**20 + 2**16
         self.scaffold, self.contexts, self.functions = None, {}, {}
         self._session, self._final, self._gone, self._closed, self._stop, self._pid = None, None, False, False, None, os.getpid()
+        self._fault = '' # Why a session had to be replaced, until the model is told
         self._lock, self._running = threading.RLock(), threading.Lock()
     @abstractmethod
     def _open(self): "A link to a new worker; see Session."
@@ -259,6 +271,24 @@ class RemoteDict(SessionKeeper, MutableMapping):
     )->str:
         "The `repr` of a variable, made inside: for what cannot come out itself."
         return self._value('repr', str, name=name, chars=chars)
+
+# %% ../nbs/08_remote.ipynb #b7c1e0a2
+_passing = ('text/plain', 'image/png', 'image/jpeg', 'image/gif', 'application/json') # What a notebook shows and does not run
+_base64 = re.compile(r'[A-Za-z0-9+/=\s]*')
+
+def _passes(mime, value): # May a notebook be given this?
+    if mime not in _passing: return False
+    if mime == 'application/json': return True
+    if not isinstance(value, str): return False
+    return mime == 'text/plain' or _base64.fullmatch(value) is not None
+
+def _outputs(found): # What a block displayed, from data that is not trusted
+    res = []
+    for o in found[:100]:
+        data = {k: v for k, v in o['data'].items() if _passes(k, v)}
+        kind = 'execute_result' if o.get('output_type') == 'execute_result' else 'display_data'
+        if len(data) > 0: res.append(dict(output_type=kind, data=data, metadata={}))
+    return res
 
 # %% ../nbs/08_remote.ipynb #e8e85fea
 _own = ('FINAL', 'FINAL_VAR', 'SHOW_VARS', 'answer') # Made inside
@@ -372,15 +402,31 @@ class RemoteNS(RemoteDict):
                 s.interrupt()
                 head, _ = s.wait(fut)
             with self._honest(s): res = _result(head, max_output)
+            self._replace(s, head.get('fault'))
         except SessionLost as e:
-            res = REPLResult(stderr=f'SessionLost: {e}. What it had printed is lost too.\n', error=f'SessionLost: {e}')
+            res = self._lost(s, str(e), max_output)
             self._gone = s.told = True
         except BaseException: s.end('its block was given up'); raise
         finally: block.open = False; s.rest()
-        if self._gone: res.notes.append(self._said()); self._gone = False
+        if self._gone: res.notes.append(self._said())
+        self._gone, self._fault = False, ''
         res.llm_calls, res.execution_time = block.calls, time.perf_counter() - t0
         if stopped: stopped.block = res; raise stopped
         return res
+    def _lost(self, s, why, max_output): # The result of a block whose process is gone
+        with s.lock: known = s.so_far
+        res = _result(known, max_output)
+        what = 'What it printed last may be missing.' if known else 'What it had printed is lost too.'
+        res.stderr += f'SessionLost: {why}. {what}\n'
+        res.error = f'SessionLost: {why}'
+        return res
+    def _replace(self, s, fault): # A session that its block has left useless; the next block has another
+        if not isinstance(fault, str): return
+        self._fault = head_tail(fault, 200)
+        s.end(f'it was not whole after a block: {self._fault}')
+        self._gone = s.told = True
     def _said(self): # What the model is told once after a loss
         there = ', '.join(f'`{o}`' for o in self.contexts)
-        return 'The process of this REPL had to start anew: all variables that you made are gone.' + (f' There again: {there}.' if there else '')
+        why = f' ({self._fault})' if self._fault else ''
+        start = f'The process of this REPL had to start anew{why}: all variables that you made are gone.'
+        return start + (f' There again: {there}.' if there else '')
