@@ -9,7 +9,7 @@ __all__ = ['not_python', 'parse_code', 'answer_source', 'can_look_up', 'look_up'
 # %% ../nbs/00_answers.ipynb #17586e35
 import ast, builtins, os, re, threading
 from collections.abc import Iterable, Mapping
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
 # %% ../nbs/00_answers.ipynb #7d3548e8
 def _new_lock(): # Also in a forked child, where nobody would open the old one
@@ -109,6 +109,7 @@ def never_answer(
     if isinstance(value, str):
         failed = isinstance(getattr(value, 'error', None), BaseException)
         return f'it is the error of a sub-call that failed ({value[:200]})' if failed else None
+    if isinstance(value, ModuleType): return 'it is a module'
     return 'it is a function' if isinstance(value, _functions) else None
 
 def no_answer(

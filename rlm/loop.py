@@ -65,14 +65,15 @@ def _is_context(t, source): # Does it name a context? Nobody means that by FINAL
     name = t.protocol.context_name
     return source == name or source.removeprefix(f'{name}_').isdigit()
 
-def _may_exist(t, named, kind, source): # Is it worth looking for in the namespace?
-    if named: return True
-    if kind == 'text' or _is_context(t, source): return False
+def _may_exist(t, p, kind, source): # Is it worth looking for in the namespace?
+    if p.name == 'FINAL_VAR': return True
+    spoken = p.text.startswith('FINAL') # And not alone in a block, where it is code
+    if kind == 'text' or spoken and _is_context(t, source): return False
     return t.names is None or can_look_up(source, t.names)
 
 def _look_up(t, it, p): # What an answer of the text is: (FinalAnswer or None, is it literal?)
     named, (kind, source) = p.name == 'FINAL_VAR', _source(p)
-    if not _may_exist(t, named, kind, source): return FinalAnswer(source), True
+    if not _may_exist(t, p, kind, source): return FinalAnswer(source), True
     res = yield Exec(f'(__rlm__.give({source!r}, {named}), None)[1]')
     if res.final_answer is not None: return res.final_answer, False
     why = ' '.join([*([res.error] if res.error else []), *res.notes])
@@ -155,7 +156,7 @@ def _last_answer(t, it): # What the reply to the last call comes to
         answer = _accepted(t, it, found)
         if answer is not None: return answer
     draft = yield from _draft(t)
-    said = whole_answer(it.response, t.protocol.langs) if draft is None and not declared else None
+    said = whole_answer(it.response, t.protocol.langs) if draft is None and not declared and not (t.cut and 'FINAL' in it.response) else None
     return _accepted(t, it, draft if said is None else FinalAnswer(said))
 
 def _last_call(t): # Ask for what there is

@@ -347,7 +347,8 @@ def _at_line_end(text, i): # Does nothing but marks follow on the line of offset
 
 def _further(text, end, stop, budget): # The end of an answer in whose text parentheses close that nobody opened
     line = text[end+1:_line_end(text, end)]
-    if not re.search(r'\w', line): return end
+    smiles = _smiley.search(text, max(end - 2, 0), end + 1)
+    if not smiles and not re.search(r'\w', line): return end
     depth, at, best = 0, end + 1, end
     for m in _tokens.finditer(text, end + 1, stop):
         if m.start() < at or m[0] in _string_ends: continue

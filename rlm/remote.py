@@ -300,7 +300,7 @@ def _result(head, n): # A block's result, from data that is not trusted
     final, text = head.get('final'), lambda k, most: str(head.get(k) or '')[:most]
     res = REPLResult(text('stdout', n + 100), text('stderr', n + 100), _texts(head.get('locals') or {}, 100), error=text('error', 100_000) or None)
     res.notes = [str(o)[:2000] for o in (head.get('notes') or [])[:50]]
-    res.outputs = known_outputs(head.get('outputs'))
+    res.outputs = _outputs(known_outputs(head.get('outputs')))
     if isinstance(final, dict): res.final_answer = FinalAnswer(final.get('value', str(final.get('text'))), str(final.get('text')))
     return res
 
