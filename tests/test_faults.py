@@ -105,7 +105,7 @@ def test_no_text(stream):
 
 @both
 def test_no_text_for_a_subcall(stream):
-    with MessagesServer([block('r = llm_query("Hm?")', then='FINAL(asked)'), '']) as srv: res = ask(srv, stream=stream)
+    with MessagesServer([block('r = llm_query("Hm?")', then='FINAL(str("asked"))'), '']) as srv: res = ask(srv, stream=stream)
     assert res.ns['r'] == '' and res.answer == 'asked'
 
 @both

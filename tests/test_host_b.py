@@ -354,9 +354,9 @@ def test_a_sandbox_shows_the_same(kind):
     with new_ns(kind) as ns:
         res = exec_code(TABLE + 'import os\nos.system("echo out; echo err >&2")\nprint("\\rbar", end="\\rBAR\\n")\ndisplay(Table())', ns)
         assert (res.error, res.stdout, res.stderr) == (None, 'out\nBAR\na table\n', 'err\n')
-        assert res.outputs == [dict(output_type='display_data', data={'text/html': '<table></table>', 'text/plain': 'a table'}, metadata={})]
+        assert res.outputs == [dict(output_type='display_data', data={'text/plain': 'a table'}, metadata={})] # HTML may hold script, and its author is not trusted
         assert len(res.notes) == 1 and 'HTML' in res.notes[0]
-        assert len(exec_code('for i in range(50): display({"text/html": str(i)}, raw=True)', ns).outputs) == 20
+        assert len(exec_code('for i in range(50): display({"text/plain": str(i)}, raw=True)', ns).outputs) == 20
 
 def test_outputs_that_are_made_up_are_not_taken():
     from rlm.output import known_outputs
