@@ -30,7 +30,7 @@ class Program:
     needs: str # What must be kept in bounds
     code: str # Prints BREACH if it gets what it wants; `H` says what there is to get
     state: str # `kept` or `lost`, of the variables of the session; '' where either may be
-    timeout: float = 20.
+    timeout: float = 120.
     check: object = lambda host, ns, other, res: None # Says what is wrong on the host, if it is not the program that can tell
 
 class Host:
@@ -70,9 +70,9 @@ def not_bigger(host, ns, other, res): # A value that is too large says so and hu
 
 def left_over(host, ns, other, res):
     ns.close()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     look = f'import glob\nfor p in glob.glob("/proc/[0-9]*/cmdline"):\n    try: print({host.number!r} in open(p).read())\n    except OSError: pass'
-    while host.running() or 'True' in exec_code(look, other, timeout=20).stdout:
+    while host.running() or 'True' in exec_code(look, other, timeout=120).stdout:
         if time.monotonic() > end: return 'the child is still there'
         time.sleep(.05)
 
@@ -113,7 +113,7 @@ PROGRAMS = [
         import os, time
         for n in range(5000):
             try:
-                if os.fork() == 0: time.sleep(60); os._exit(0)
+                if os.fork() == 0: time.sleep(600); os._exit(0)
             except OSError: break
         else: print('BREACH')''', ''),
     Program('reading files of the host', 'files', 'import os\n' + tries(
@@ -175,9 +175,9 @@ PROGRAMS = [
     Program('a forged call', 'frames', WIRE + 'for f in ("eval", "FINAL", "exec_code", "__init__", "host_call"):\n'
         '    try: w.call(f, ["1"], {}); print("BREACH", f)\n    except NameError as e: pass', 'kept'),
     Program('a flood of calls', 'frames', WIRE + 'for i in range(100_000): w.wire.send(dict(op="call", id=i, job=w.now, name="f", args=[], kwargs={}))\n'
-        'import time; time.sleep(60)', '', 5),
+        'import time; time.sleep(600)', '', 5),
     Program('a flood of frames', 'frames', WIRE + 'for i in range(3000): w.wire.send(dict(op="done", id=0), bytes(2**20))\n'
-        'import time; time.sleep(60)', 'lost', 30, failed),
+        'import time; time.sleep(600)', 'lost', 120, failed),
     Program('builtins destroyed', 'end', 'import builtins; builtins.__dict__.clear()', 'lost', 2),
     Program('modules destroyed', 'end', 'import sys; sys.modules.clear()', '', 2),
     Program('a child left over', 'group', 'import subprocess; subprocess.Popen(["setsid", "sleep", H["number"]])', '', check=left_over),
@@ -188,7 +188,7 @@ PROGRAMS = [
     Program('the same random numbers', 'end', '', 'kept', check=differ),
 ]
 
-def alive(ns, word): return exec_code(f'print({word!r})', ns, timeout=30).stdout == f'{word}\n'
+def alive(ns, word): return exec_code(f'print({word!r})', ns, timeout=120).stdout == f'{word}\n'
 
 def attack(program, host, ns, other):
     "Run a program; what it came to, in words."
@@ -201,7 +201,7 @@ def attack(program, host, ns, other):
     if (grown := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) > 500_000: return f'not contained: the host grew by {grown} KB'
     if not alive(other, 'fine'): return 'not contained: the other session is gone'
     if not program.state: return 'contained'
-    state = 'kept' if exec_code('print(kept)', ns, timeout=30).stdout == 'yes\n' else 'lost'
+    state = 'kept' if exec_code('print(kept)', ns, timeout=120).stdout == 'yes\n' else 'lost'
     if not alive(ns, 'back'): return 'not contained: no session after it'
     return f'contained, {state}'
 
