@@ -163,15 +163,15 @@ PROGRAMS = [
     Program('deep recursion', 'end', 'def f(): f()\nf()', 'kept', check=failed),
     Program('ending its process', 'end', 'import os; os._exit(3)', 'lost', check=failed),
     Program('segfault', 'end', 'import ctypes; ctypes.string_at(0)', 'lost', check=failed),
-    Program('noise in the pipe', 'frames', 'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b"\\xff" * 64)\n    except OSError: pass', 'lost', 5),
+    Program('noise in the pipe', 'frames', 'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b"\\xff" * 64)\n    except OSError: pass', 'lost', 120),
     Program('a frame of 4 GB', 'frames', WIRE + 'import os, struct\n'
-        'os.write(w.wire.wfd, struct.pack("!II", 2**32 - 1, 2**32 - 1) + bytes(1 << 16))', 'lost', 5, failed),
+        'os.write(w.wire.wfd, struct.pack("!II", 2**32 - 1, 2**32 - 1) + bytes(1 << 16))', 'lost', 120, failed),
     Program('a frame nested deep', 'frames', WIRE + 'import os, struct\nd = b"[" * 1_000_000\n'
         'os.write(w.wire.wfd, struct.pack("!II", len(d), 0) + d)', 'lost', 5, failed),
     Program('a frame of many parts', 'frames', WIRE + 'import os, struct\nd = b"[" + b"{}," * 15_000_000 + b"0]"\n'
         'd = memoryview(struct.pack("!II", len(d), 0) + d)\n'
-        'while d: d = d[os.write(w.wire.wfd, d):]', 'lost', 10, failed),
-    Program('a forged result', 'frames', WIRE + 'w.wire.send(dict(op="done", id=w.now, stdout=7, locals=[3], final={"text": []}, notes=9))', 'lost', 5, failed),
+        'while d: d = d[os.write(w.wire.wfd, d):]', 'lost', 120, failed),
+    Program('a forged result', 'frames', WIRE + 'w.wire.send(dict(op="done", id=w.now, stdout=7, locals=[3], final={"text": []}, notes=9))', 'lost', 120, failed),
     Program('a forged call', 'frames', WIRE + 'for f in ("eval", "FINAL", "exec_code", "__init__", "host_call"):\n'
         '    try: w.call(f, ["1"], {}); print("BREACH", f)\n    except NameError as e: pass', 'kept'),
     Program('a flood of calls', 'frames', WIRE + 'for i in range(100_000): w.wire.send(dict(op="call", id=i, job=w.now, name="f", args=[], kwargs={}))\n'
