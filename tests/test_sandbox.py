@@ -68,7 +68,7 @@ BOMBS = [b'[' * 10**6, b'"\\' * 10**6, b'"' * 10**6, b'{"a":' * 10**5, b'[' + b'
 def test_bombs_are_refused(data):
     with pytest.raises(FrameError): parse(data)
 
-@pytest.mark.parametrize('o', [(1,), {1}, {1: 2}, {'k': [object()]}, b'x', 1j, [print]], ids=repr)
+@pytest.mark.parametrize('o', [(1,), {1}, {1: 2}, {'k': [object()]}, b'x', 1j, [print]], ids=['tuple', 'set', 'key', 'object', 'bytes', 'complex', 'function'])
 def test_what_is_no_data(o):
     with pytest.raises(TypeError): plain(o)
 
