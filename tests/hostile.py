@@ -30,7 +30,7 @@ class Program:
     needs: str # What must be kept in bounds
     code: str # Prints BREACH if it gets what it wants; `H` says what there is to get
     state: str # `kept` or `lost`, of the variables of the session; '' where either may be
-    timeout: float = 20.
+    timeout: float = 120.
     check: object = lambda host, ns, other, res: None # Says what is wrong on the host, if it is not the program that can tell
 
 class Host:
@@ -70,9 +70,9 @@ def not_bigger(host, ns, other, res): # A value that is too large says so and hu
 
 def left_over(host, ns, other, res):
     ns.close()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 120
     look = f'import glob\nfor p in glob.glob("/proc/[0-9]*/cmdline"):\n    try: print({host.number!r} in open(p).read())\n    except OSError: pass'
-    while host.running() or 'True' in exec_code(look, other, timeout=20).stdout:
+    while host.running() or 'True' in exec_code(look, other, timeout=120).stdout:
         if time.monotonic() > end: return 'the child is still there'
         time.sleep(.05)
 
@@ -113,7 +113,7 @@ PROGRAMS = [
         import os, time
         for n in range(5000):
             try:
-                if os.fork() == 0: time.sleep(60); os._exit(0)
+                if os.fork() == 0: time.sleep(600); os._exit(0)
             except OSError: break
         else: print('BREACH')''', ''),
     Program('reading files of the host', 'files', 'import os\n' + tries(
@@ -163,21 +163,21 @@ PROGRAMS = [
     Program('deep recursion', 'end', 'def f(): f()\nf()', 'kept', check=failed),
     Program('ending its process', 'end', 'import os; os._exit(3)', 'lost', check=failed),
     Program('segfault', 'end', 'import ctypes; ctypes.string_at(0)', 'lost', check=failed),
-    Program('noise in the pipe', 'frames', 'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b"\\xff" * 64)\n    except OSError: pass', 'lost', 5),
+    Program('noise in the pipe', 'frames', 'import os\nfor fd in range(3, 64):\n    try: os.write(fd, b"\\xff" * 64)\n    except OSError: pass', 'lost', 120),
     Program('a frame of 4 GB', 'frames', WIRE + 'import os, struct\n'
-        'os.write(w.wire.wfd, struct.pack("!II", 2**32 - 1, 2**32 - 1) + bytes(1 << 16))', 'lost', 5, failed),
+        'os.write(w.wire.wfd, struct.pack("!II", 2**32 - 1, 2**32 - 1) + bytes(1 << 16))', 'lost', 120, failed),
     Program('a frame nested deep', 'frames', WIRE + 'import os, struct\nd = b"[" * 1_000_000\n'
         'os.write(w.wire.wfd, struct.pack("!II", len(d), 0) + d)', 'lost', 5, failed),
     Program('a frame of many parts', 'frames', WIRE + 'import os, struct\nd = b"[" + b"{}," * 15_000_000 + b"0]"\n'
         'd = memoryview(struct.pack("!II", len(d), 0) + d)\n'
-        'while d: d = d[os.write(w.wire.wfd, d):]', 'lost', 10, failed),
-    Program('a forged result', 'frames', WIRE + 'w.wire.send(dict(op="done", id=w.now, stdout=7, locals=[3], final={"text": []}, notes=9))', 'lost', 5, failed),
+        'while d: d = d[os.write(w.wire.wfd, d):]', 'lost', 120, failed),
+    Program('a forged result', 'frames', WIRE + 'w.wire.send(dict(op="done", id=w.now, stdout=7, locals=[3], final={"text": []}, notes=9))', 'lost', 120, failed),
     Program('a forged call', 'frames', WIRE + 'for f in ("eval", "FINAL", "exec_code", "__init__", "host_call"):\n'
         '    try: w.call(f, ["1"], {}); print("BREACH", f)\n    except NameError as e: pass', 'kept'),
     Program('a flood of calls', 'frames', WIRE + 'for i in range(100_000): w.wire.send(dict(op="call", id=i, job=w.now, name="f", args=[], kwargs={}))\n'
-        'import time; time.sleep(60)', '', 5),
+        'import time; time.sleep(600)', '', 5),
     Program('a flood of frames', 'frames', WIRE + 'for i in range(3000): w.wire.send(dict(op="done", id=0), bytes(2**20))\n'
-        'import time; time.sleep(60)', 'lost', 30, failed),
+        'import time; time.sleep(600)', 'lost', 120, failed),
     Program('builtins destroyed', 'end', 'import builtins; builtins.__dict__.clear()', 'lost', 2),
     Program('modules destroyed', 'end', 'import sys; sys.modules.clear()', '', 2),
     Program('a child left over', 'group', 'import subprocess; subprocess.Popen(["setsid", "sleep", H["number"]])', '', check=left_over),
@@ -188,7 +188,7 @@ PROGRAMS = [
     Program('the same random numbers', 'end', '', 'kept', check=differ),
 ]
 
-def alive(ns, word): return exec_code(f'print({word!r})', ns, timeout=30).stdout == f'{word}\n'
+def alive(ns, word): return exec_code(f'print({word!r})', ns, timeout=120).stdout == f'{word}\n'
 
 def attack(program, host, ns, other):
     "Run a program; what it came to, in words."
@@ -201,7 +201,7 @@ def attack(program, host, ns, other):
     if (grown := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) > 500_000: return f'not contained: the host grew by {grown} KB'
     if not alive(other, 'fine'): return 'not contained: the other session is gone'
     if not program.state: return 'contained'
-    state = 'kept' if exec_code('print(kept)', ns, timeout=30).stdout == 'yes\n' else 'lost'
+    state = 'kept' if exec_code('print(kept)', ns, timeout=120).stdout == 'yes\n' else 'lost'
     if not alive(ns, 'back'): return 'not contained: no session after it'
     return f'contained, {state}'
 

@@ -1,12 +1,11 @@
 """The command line as a shell has it: real processes, a server on this machine in the place of a model."""
 import json, os, subprocess, sys
 import pytest
-from common import environment
+from common import HANG, environment
 from kinds import KINDS, new_ns
 from rlm.testing import MessagesServer
 from wire import is_turn, last, text
 
-HANG = 120 # Seconds after which something hangs; nothing is ever this slow
 
 def rlm(*args, stdin='', env=None, **kw):
     return subprocess.run([sys.executable, '-c', 'import sys; from rlm.cli import main; sys.exit(main())', *map(str, args)], input=stdin, capture_output=True, text=True, timeout=HANG, env=environment() | (env or {}), **kw)

@@ -23,7 +23,7 @@ def read(path):
 def execute(path): # (cells as recorded, cells as they run now), the three at the head left out
     nb = read(path)
     was = [shown(c) for c in nb.cells if c.cell_type == 'code'][3:]
-    nbclient.NotebookClient(nb, kernel_name='python3', timeout=60, resources=dict(metadata=dict(path=str(path.parent)))).execute()
+    nbclient.NotebookClient(nb, kernel_name='python3', timeout=600, resources=dict(metadata=dict(path=str(path.parent)))).execute()
     return was, [shown(c) for c in nb.cells if c.cell_type == 'code'][3:], nb
 
 def below(msgs):
@@ -109,7 +109,7 @@ def test_hostile_logs(tmp_path, s):
     trusted = [c for c in nb.cells if c.cell_type == 'code']
     for c in trusted[:3]: compile(c.source, '', 'exec')     # What we wrote stays what we wrote
     nb.cells = [c for c in nb.cells if c.cell_type != 'code' or c.source != s] # The model's own code is the reader's decision; the rest runs
-    nbclient.NotebookClient(nb, kernel_name='python3', timeout=60, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+    nbclient.NotebookClient(nb, kernel_name='python3', timeout=600, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
     assert not (tmp_path/'pwned').exists() and '<bound method' in shown([c for c in nb.cells if c.cell_type == 'code'][-1])[0]
 
 @pytest.mark.parametrize('code', ['!touch pwned', 'x = !touch pwned', 'a = 1\n!touch pwned', '%%bash\ntouch pwned', '%system touch pwned', ',print a', '/print a', 'print?'])

@@ -5,6 +5,7 @@ import pytest
 from rlm import LMError, arlm_run
 from rlm.lm import LMAuthError, LMConnectionError, LMModelError
 from rlm.testing import TRANSIENT, Fault, MessagesServer, random_faults
+from common import given_time
 from wire import HANG, KEY, ask, block, check_growth, conversation, is_turn, last, lm, numbers
 
 RUNS = 1000
@@ -154,33 +155,41 @@ def test_a_stall_is_cancelled_by_the_limit(stream):
     gone = threading.Event()
     async def reply(body):
         if len(body['messages']) == 1: return SCRIPT[0]
-        try: await asyncio.sleep(30)
+        try: await asyncio.sleep(600)
         finally: gone.set()
-    with MessagesServer(reply) as srv:
-        res = ask(srv, stream=stream, limits=dict(timeout=1))
-        assert gone.wait(HANG / 3)
+    def run(seconds):
+        with MessagesServer(reply) as srv:
+            res = ask(srv, stream=stream, limits=dict(timeout=seconds))
+            if len(srv.requests) > 1: assert gone.wait(HANG)
+        return res, srv
+    (res, srv), _ = given_time(run, lambda o: len(o[1].requests) > 1, 1)
     assert (res.answer, res.stop, res.limit.limit, len(res.iterations)) == (None, 'timeout', 'timeout', 1)
     assert res.ns['a'] == 9 and len(srv.requests) == 2 and srv.requests[1]['status'] is None
-    assert res.seconds < 25
+    assert res.seconds < HANG
     assert numbers(res.usage) == numbers(srv.usage)
 
 @both
 def test_a_stall_in_a_subcall_is_cancelled_by_the_limit(stream):
     first = block('answer["content"] = "so far"\nr = llm_query_batched(["one", "two"])')
-    with MessagesServer([first], faults=at(1, 'stall', 'stall')) as srv:
-        res = ask(srv, stream=stream, limits=dict(timeout=1))
+    def run(seconds):
+        with MessagesServer([first], faults=at(1, 'stall', 'stall')) as srv: return ask(srv, stream=stream, limits=dict(timeout=seconds)), srv
+    (res, srv), _ = given_time(run, lambda o: len(o[1].requests) > 2, 1)
     assert (res.answer, res.stop) == ('so far', 'timeout') and res.seconds < HANG
     assert [r['status'] for r in srv.requests] == [200, None, None]
 
 @both
 def test_a_stall_is_cancelled_by_the_client(stream):
     "A client's own timeout is a fault that passes: the request is sent again."
-    with MessagesServer(SCRIPT, faults=at(1, Fault('stall', 30))) as srv:
-        check_whole(srv, ask(srv, stream=stream, client=dict(timeout=3)), 1)
+    def run(seconds):
+        with MessagesServer(SCRIPT, faults=at(1, Fault('stall', 600))) as srv: return ask(srv, stream=stream, client=dict(timeout=seconds)), srv
+    (res, srv), _ = given_time(run, lambda o: len(o[1].requests) == 4, 3) # One more would be a request that was slow by itself
+    check_whole(srv, res, 1)
 
 def test_what_was_used_before_a_stall_is_counted():
     "The first try was billed before it broke; the second is cancelled by the limit."
-    with MessagesServer(SCRIPT, faults=at(1, 'cut', 'stall')) as srv: res = ask(srv, stream=True, limits=dict(timeout=2))
+    def run(seconds):
+        with MessagesServer(SCRIPT, faults=at(1, 'cut', 'stall')) as srv: return ask(srv, stream=True, limits=dict(timeout=seconds)), srv
+    (res, srv), _ = given_time(run, lambda o: len(o[1].requests) == 3, 2)
     assert res.stop == 'timeout' and len(srv.requests) == 3
     assert numbers(res.usage)[1] + numbers(res.usage)[4] == numbers(srv.usage)[1] + numbers(srv.usage)[4]
 

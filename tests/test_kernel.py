@@ -18,7 +18,7 @@ class Waits:
         self.n += 1
         if self.n <= len(self.replies): return self.replies[self.n - 1]
         ready()
-        await asyncio.sleep(100)
+        await asyncio.sleep(600)
 def ready(): open(FLAG, 'w').close()
 '''
 
@@ -88,7 +88,7 @@ def test_many_at_once(kernel):
     assert kernel.run(code)[:2] == ('', str(list(range(16))))
 
 INTERRUPTS = {
-    'code that sleeps': 'rlm_run("Q", "abc", ns, Waits(block("found = 1"), block("ready()\\nimport time\\ntime.sleep(100)")), tools=dict(ready=ready))',
+    'code that sleeps': 'rlm_run("Q", "abc", ns, Waits(block("found = 1"), block("ready()\\nimport time\\ntime.sleep(600)")), tools=dict(ready=ready))',
     'code that loops': 'rlm_run("Q", "abc", ns, Waits(block("found = 1"), block("ready()\\nwhile True: pass")), tools=dict(ready=ready))',
     'a call': 'rlm_run("Q", "abc", ns, Waits(block("found = 1")))',
     'a sub-call': 'rlm_run("Q", "abc", ns, Waits(block("found = 1"), block("llm_query_batched([\'x\'] * 5)")))',
@@ -107,7 +107,7 @@ def test_an_interrupted_cell(kernel, what):
     assert kernel.run('import sys\ne = sys.last_value\ne.result.stop, e.result.answer, len(e.result.iterations), e.result.ns is ns, ns["found"], ns["answer"]')[1] == f"('interrupted', None, {n}, True, 1, 'mine')"
     assert kernel.run('r = rlm_run("And?", None, ns, ScriptLM([block("found += 1", "FINAL_VAR(found)")]))\nr.answer, ns["answer"]')[1] == "('2', 'mine')"
 
-# A cell with a top-level `await` cannot be interrupted in ipykernel 7.4, be it `await asyncio.sleep(100)`: nothing here to test.
+# A cell with a top-level `await` cannot be interrupted in ipykernel 7.4, be it `await asyncio.sleep(600)`: nothing here to test.
 
 def test_the_kernel_goes_on_after_all_that(kernel):
     assert kernel.run('print("well")\nimport threading\n1 + 1') == ('well\n', '2', '')

@@ -2,7 +2,7 @@
 import asyncio, os, threading
 import pytest
 from pydantic import BaseModel
-from common import block, is_turn, tree, turn
+from common import HANG, block, given_time, is_turn, tree, turn
 from kinds import KINDS, new_ns
 from rlm import ANSWER, NANO, LMError, ScriptLM, arlm_run, llm_query, llm_query_batched, load_ns, rlm_iter, rlm_run, save_ns
 
@@ -139,7 +139,7 @@ def test_two_at_once(two):
     def go(name, ns): out[name] = blocks(run(ns, [block(code.format(name)), 'FINAL(1)']))[0].stdout
     ts = [threading.Thread(target=go, args=a) for a in zip('xy', two)]
     for t in ts: t.start()
-    for t in ts: t.join(60)
+    for t in ts: t.join(HANG)
     assert out == {n: f'{n}\n' * 30 + f'{n.upper()}\n' for n in 'xy'}
 
 def test_one_run_at_a_time(ns):
@@ -228,11 +228,15 @@ def test_typed(ns):
 # Limits and ends
 
 def test_block_timeout_keeps_the_state(ns):
-    res = run(ns, [block('x = 1\nwhile True: pass'), block('x = 2\nimport time; time.sleep(600)'), block('FINAL(x)')], limits=dict(block_timeout=.3))
+    def go(seconds):
+        ns['x'] = 0
+        return run(ns, [block('x += 1\nwhile True: pass'), block('x += 1\nimport time; time.sleep(600)'), block('FINAL(x)')], limits=dict(block_timeout=seconds))
+    res, _ = given_time(go, lambda res: res.answer == '2', .3)
     assert res.answer == '2' and all('BlockTimeout' in o.error for o in blocks(res)[:2])
 
 def test_run_timeout(ns):
-    res = run(ns, [block('answer["content"] = "draft"'), block('import time; time.sleep(600)')], limits=dict(timeout=2), protocol=ANSWER)
+    def go(seconds): return run(ns, [block('answer["content"] = "draft"'), block('import time; time.sleep(600)')], limits=dict(timeout=seconds), protocol=ANSWER)
+    res, _ = given_time(go, lambda res: len(res.iterations) > 1, 2)
     assert (res.stop, res.answer, res.limit.limit) == ('timeout', 'draft', 'timeout')
 
 def test_max_calls_and_errors(ns):
@@ -252,7 +256,7 @@ def test_cancelled(ns):
         loop = asyncio.get_running_loop()
         watch = lambda e: loop.call_soon_threadsafe(at_work.set) if (e.kind, e.phase) == ('block', 'start') else None
         task = asyncio.create_task(arlm_run('Go', 'text', ns, model=ScriptLM([block('found = 1\nwhile True: pass')]), on_event=watch))
-        await asyncio.wait_for(at_work.wait(), 60)
+        await asyncio.wait_for(at_work.wait(), HANG)
         task.cancel()
         with pytest.raises(asyncio.CancelledError) as e: await task
         return e.value.result

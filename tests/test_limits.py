@@ -5,6 +5,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from rlm import LMError, Reply, ScriptLM, arlm_run, llm_query, rlm_run
 from rlm.lm import FnLM, Usage
 from rlm.testing import MessagesServer
+from common import at, given_time
 from wire import HANG, ask, block, conversation, is_turn, last, lm, numbers, text, tree
 
 # Trees at random. A run's context says what its turns do, as JSON: {"turns": 2, "dies": false, "plan": [what the first turn does, ...]}.
@@ -236,19 +237,22 @@ FOREVER = 'started = True\nwhile True: pass'
 @pytest.mark.parametrize('off_main', [False, True], ids=['main', 'thread'])
 def test_block_timeout(seconds, off_main):
     "The block ends, the model is told after which time, and the run goes on."
-    def go():
+    def go(seconds):
         script = ScriptLM([block(FOREVER), block('y = started', then='FINAL_VAR(y)')])
-        out.append(rlm_run('Q', 'text', model=script, limits=dict(block_timeout=seconds)))
-    out = []
-    if off_main: (t := threading.Thread(target=go)).start(); t.join(HANG)
-    else: go()
-    res, = out
+        return rlm_run('Q', 'text', ns, model=script, limits=dict(block_timeout=seconds))
+    def ready(res):
+        late = res.iterations[1].code_blocks[0].result.error or ''
+        return 'started' in ns and 'BlockTimeout' not in late
+    ns = {}
+    res, seconds = given_time(lambda seconds: at(off_main, go, seconds), ready, seconds)
     assert res.answer == 'True' and f'stopped after {seconds:g} s' in res.iterations[0].code_blocks[0].result.error
 
 def test_timeout_of_the_whole_run_in_a_block():
-    script = ScriptLM([block('answer["content"] = "a draft"'), block(FOREVER), 'FINAL(late)'])
-    t0 = time.monotonic()
-    res = rlm_run('Q', 'text', model=script, limits=dict(timeout=1))
+    def go(seconds):
+        script = ScriptLM([block('answer["content"] = "a draft"'), block(FOREVER), 'FINAL(late)'])
+        return rlm_run('Q', 'text', ns, model=script, limits=dict(timeout=seconds))
+    ns, t0 = {}, time.monotonic()
+    res, _ = given_time(go, lambda res: 'started' in ns, 1)
     assert (res.answer, res.stop, res.limit.limit, len(res.iterations)) == ('a draft', 'timeout', 'timeout', 2)
     assert 'stopped' in res.iterations[1].code_blocks[0].result.error and time.monotonic() - t0 < HANG
 
@@ -256,7 +260,7 @@ def test_timeout_of_the_whole_run_in_the_model():
     async def model(msgs):
         if len(msgs) > 2: await asyncio.sleep(600)
         return block('x = 1')
-    res = rlm_run('Q', 'text', model=model, limits=dict(timeout=1))
+    res, _ = given_time(lambda seconds: rlm_run('Q', 'text', model=model, limits=dict(timeout=seconds)), lambda res: 'x' in res.ns, 1)
     assert (res.answer, res.stop, len(res.iterations), res.ns['x']) == (None, 'timeout', 1, 1) and res.seconds < HANG
 
 @pytest.mark.parametrize('how', ['spins', 'waits', 'grandchild'])
@@ -268,26 +272,32 @@ def test_timeout_of_one_child(how):
         if 'quick' in first: return 'FINAL(done)'
         if how == 'waits' or 'below' in first: await asyncio.sleep(600)
         return block(FOREVER if how == 'spins' else 'r = rlm_query("below")')
-    res = rlm_run('parent', 'text', model=model, limits=dict(per_child_timeout=2, max_depth=3))
+    def run(seconds): return rlm_run('parent', 'text', model=model, limits=dict(per_child_timeout=seconds, max_depth=3))
+    res, _ = given_time(run, lambda res: not any('child timeout' in o for o in res.value[::2]), 2)
     assert res.stop == 'answer' and len(res.value) == 3 and res.value[::2] == ['done', 'done']
     assert re.match(r'Error: child timeout after [\d.]+s', res.value[1]) and res.seconds < HANG
 
 def test_timeout_of_the_run_ends_children():
     "All levels below end with it, and their calls are cancelled."
-    gone, before = [], threading.enumerate()
+    came, gone, before = [], [], threading.enumerate()
     async def model(msgs):
         if 'parent' in msgs[1]['content']: return block('rs = rlm_query_batched(list("abc"))', then='FINAL_VAR(rs)')
+        came.append(1)
         try: await asyncio.sleep(600)
         except asyncio.CancelledError: gone.append(1); raise
-    res = rlm_run('parent', 'text', model=model, limits=dict(timeout=1))
+    def run(seconds): came.clear(); gone.clear(); return rlm_run('parent', 'text', model=model, limits=dict(timeout=seconds))
+    res, _ = given_time(run, lambda res: len(came) == 3, 1)
     assert res.stop == 'timeout' and gone == [1] * 3 and res.seconds < HANG
     wait_for_threads('rlm-code', before)
 
 def test_a_batch_at_the_time_limit_has_all_its_slots():
+    quick = []
     async def model(msgs):
         if len(msgs) == 1 and msgs[0]['content'] != 'quick': await asyncio.sleep(600)
+        if len(msgs) == 1: quick.append(1)
         return 'fine' if len(msgs) == 1 else block('rs = []\nrs = llm_query_batched(["quick", "slow", "quick"])')
-    res = rlm_run('Q', 'text', model=model, limits=dict(timeout=1))
+    def run(seconds): quick.clear(); return rlm_run('Q', 'text', model=model, limits=dict(timeout=seconds))
+    res, _ = given_time(run, lambda res: len(quick) == 2, 1)
     calls = res.iterations[0].code_blocks[0].result.llm_calls
     assert res.stop == 'timeout' and len(calls) == 3 and [c.response for c in calls[::2]] == ['fine'] * 2
 

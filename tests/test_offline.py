@@ -35,7 +35,7 @@ def test_topics(name): assert rlm_run(f'Which topic describes the {name} stateme
 
 
 @pytest.mark.parametrize('protocol', [PAPER, ANSWER, NANO], ids=lambda p: p.name)
-@pytest.mark.parametrize('wrap', [str, lambda s: [s], lambda s: {'a': s}, lambda s: [{'content': s}], lambda s: (s,), str.encode], ids=str)
+@pytest.mark.parametrize('wrap', [str, lambda s: [s], lambda s: {'a': s}, lambda s: [{'content': s}], lambda s: (s,), str.encode], ids=['str', 'list', 'dict', 'messages', 'tuple', 'bytes'])
 def test_protocols_and_kinds_of_context(protocol, wrap):
     text = 'The mill stood empty for years. In 1907 Ida Holm bought the mill. She sold it again within a year.'
     assert '1907' in rlm_run('When did Ida Holm buy the mill?', wrap(text), model='offline', protocol=protocol).answer

@@ -161,7 +161,7 @@ def test_ctrl_c_in_a_block(tmp_path):
     res = script('''
         import os, signal, sys
         from rlm import rlm_run, ScriptLM
-        lm = ScriptLM(['```repl\\nx = llm_query("A")\\n```', 'a', '```repl\\ny = llm_query("B")\\nimport os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\\n```', 'b'])
+        lm = ScriptLM(['```repl\\nx = llm_query("A")\\n```', 'a', '```repl\\ny = llm_query("B")\\nimport os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(600)\\n```', 'b'])
         try: rlm_run('Q?', 'text', model=lm, log=sys.argv[1])
         except KeyboardInterrupt as e: print(e.result.stop)
     ''', str(tmp_path/'x.jsonl'))

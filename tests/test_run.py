@@ -2,7 +2,7 @@
 import asyncio, gc, json, multiprocessing, os, random, signal, subprocess, sys, textwrap, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import pytest
-from common import HANG, at, block, elsewhere, environment, first, forks, in_child, is_turn, on_both, posix, script, tree, turn, until
+from common import HANG, at, block, elsewhere, environment, first, forks, given_time, in_child, is_turn, on_both, posix, script, tree, turn, until
 from rlm import LMError, LimitExceeded, RLMError, ScriptLM, arlm_run, exec_code, llm_query, llm_query_batched, rlm_iter, rlm_query, rlm_run
 from rlm import repl
 from rlm._rlmpaper_compat import UsageSummary
@@ -26,7 +26,7 @@ class Waits:
         if is_turn(msgs) and turn(msgs) < len(self.replies): return self.replies[turn(msgs)]
         self.came.set()
         try:
-            for _ in range(HANG * 50):
+            for _ in range(HANG * 500):
                 if self.free.is_set(): return 'FINAL(late)'
                 await asyncio.sleep(.02)
         except asyncio.CancelledError: self.gone.set(); raise
@@ -210,7 +210,7 @@ def test_a_person_may_change_things_between_the_turns():
 
 def test_steps_from_different_threads():
     steps, ns = [], {}
-    it = rlm_iter('Q', 'text', ns, counted, limits=dict(block_timeout=30, timeout=60))
+    it = rlm_iter('Q', 'text', ns, counted, limits=dict(block_timeout=HANG, timeout=HANG))
     for _ in range(2): steps.append(elsewhere(next, it))
     assert steps[-1].final_answer == '8'
 
@@ -279,7 +279,7 @@ def test_cancelled_while_code_waits_for_a_subcall(code, code_ended):
 def test_cancelled_while_code_sleeps(code_ended):
     "The sleep cannot be ended; the task is over nevertheless."
     ns = dict(free=threading.Event(), answer='mine')
-    cancelled(lambda: 'started' in ns, ns=ns, model=ScriptLM([block('started = True\nfree.wait(60)\nlate = True')]))
+    cancelled(lambda: 'started' in ns, ns=ns, model=ScriptLM([block('started = True\nfree.wait(600)\nlate = True')]))
     assert ns['answer'] == 'mine'
     check_alive(ns)
     ns['free'].set()
@@ -335,7 +335,7 @@ CTRL_C = '''
             if CODE != 'llm' and len(msgs) == 4: return block('print("so far")\\n' + ('' if 'query' in CODE else 'say("ready")\\n') + CODE)
         elif IN_CHILD and msgs[0]['role'] == 'system': return block('say("ready")\\n' + IN_CHILD)
         if not IN_CHILD: say('ready')
-        await asyncio.sleep(100)
+        await asyncio.sleep(600)
     ns, kw = dict(mine=1, answer='mine'), dict(tools=dict(say=say))
 '''
 RUN = '''
@@ -352,7 +352,7 @@ def interrupted(body, code='llm', in_child='', times=1, **kw):
     "A script that gets SIGINT when it says that it is ready; gives its exit code and its output."
     text = f'CODE, IN_CHILD = {code!r}, {in_child!r}\n' + textwrap.dedent(CTRL_C) + textwrap.dedent(body)
     p = subprocess.Popen([sys.executable, '-c', text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
-    killer = threading.Timer(HANG / 2, os.killpg, [p.pid, signal.SIGKILL]); killer.start()
+    killer = threading.Timer(HANG, os.killpg, [p.pid, signal.SIGKILL]); killer.start()
     try:
         lines = []
         for line in p.stdout:
@@ -362,10 +362,10 @@ def interrupted(body, code='llm', in_child='', times=1, **kw):
     finally: killer.cancel()
 
 WHERE = {
-    'a sleep': ('import time\ntime.sleep(100)', '', 2), 'a loop': ('while True: pass', '', 2), 'a lock': ('import threading\nthreading.Event().wait()', '', 2), 'input': ('import os\nos.read(os.pipe()[0], 1)', '', 2),
-    'a process': ('import subprocess\nsubprocess.run(["sleep", "100"])', '', 2), 'a call of the run': ('llm', '', 1), 'a sub-call': ('llm_query("x")', '', 2), 'a batch': ('llm_query_batched(["x"] * 20)', '', 2),
-    'a child\'s call': ('rlm_query("child")', '', 2), 'children that loop': ('rlm_query_batched(["child"] * 3)', 'while True: pass', 2), 'children that sleep': ('rlm_query_batched(["child"] * 3)', 'import time\ntime.sleep(100)', 2),
-    'a swallowing except': ('import time\ntry: time.sleep(100)\nexcept BaseException: print("ha")', '', 2),
+    'a sleep': ('import time\ntime.sleep(600)', '', 2), 'a loop': ('while True: pass', '', 2), 'a lock': ('import threading\nthreading.Event().wait()', '', 2), 'input': ('import os\nos.read(os.pipe()[0], 1)', '', 2),
+    'a process': ('import subprocess\nsubprocess.run(["sleep", "600"])', '', 2), 'a call of the run': ('llm', '', 1), 'a sub-call': ('llm_query("x")', '', 2), 'a batch': ('llm_query_batched(["x"] * 20)', '', 2),
+    'a child\'s call': ('rlm_query("child")', '', 2), 'children that loop': ('rlm_query_batched(["child"] * 3)', 'while True: pass', 2), 'children that sleep': ('rlm_query_batched(["child"] * 3)', 'import time\ntime.sleep(600)', 2),
+    'a swallowing except': ('import time\ntry: time.sleep(600)\nexcept BaseException: print("ha")', '', 2),
 }
 
 @posix
@@ -404,7 +404,7 @@ def test_ctrl_c_while_iterating():
     try:
         for it in steps: print('turn', it.code_blocks[0].result.error)
     except KeyboardInterrupt as e: print(e.result.stop, len(e.result.iterations), e.result.iterations[-1].code_blocks[0].result.stdout.strip())'''
-    status, out, err = interrupted(body, 'import time\ntime.sleep(100)')
+    status, out, err = interrupted(body, 'import time\ntime.sleep(600)')
     assert (status, out, err) == (0, ['turn None', 'interrupted 2 so far'], '')
 
 def test_a_keyboard_interrupt_that_code_raises_is_only_an_error():
@@ -448,17 +448,19 @@ def test_too_many_children_in_a_batch():
 def test_a_child_that_never_ends(how, off_main, monkeypatch):
     "The others are unharmed, the parent goes on, and it takes no longer than the child may."
     monkeypatch.setattr(repl, 'grace', .2)
-    code = dict(loops='while True: pass', sleeps='import time\ntime.sleep(20)', swallows='while go():\n  try:\n    x = 0\n    while go(): x += 1\n  except BaseException: pass').get(how)
+    code = dict(loops='while True: pass', sleeps='import time\ntime.sleep(600)', swallows='while go():\n  try:\n    x = 0\n    while go(): x += 1\n  except BaseException: pass').get(how)
     stop, model = threading.Event(), Waits()
     async def ask(msgs):
         if 'child' not in first(msgs) and is_turn(msgs): return children_of(3)
         if 'child 1' not in first(msgs): return 'FINAL(fine)'
         if code: return block(code)
         return block('llm_query("child 1, and wait")') if is_turn(msgs) and how != 'waits' else await model(msgs)
-    try: res = at(off_main, rlm_run, 'parent', 'text', model=ask, limits=dict(per_child_timeout=.7), tools=dict(go=lambda: not stop.is_set()))
+    def run(seconds): return at(off_main, rlm_run, 'parent', 'text', model=ask, limits=dict(per_child_timeout=seconds), tools=dict(go=lambda: not stop.is_set()))
+    def ready(res): return not any('child timeout' in str(o) for o in res.value[::2]) and (model.came.is_set() or 'waits' not in how)
+    try: res, _ = given_time(run, ready, .7)
     finally: stop.set()
     assert [str(o) for o in res.value[::2]] == ['fine', 'fine'] and res.value[1].startswith('Error: child timeout after ') and res.stop == 'answer'
-    assert res.seconds < 15
+    assert res.seconds < HANG
     if 'waits' in how: assert model.gone.wait(HANG)
 
 @on_both
@@ -468,8 +470,12 @@ def test_block_timeout_ends_what_the_block_waits_for(code, off_main):
     async def ask(msgs):
         if is_turn(msgs) and 'child' not in first(msgs): return [block('x = 1\n' + code), block('y = 2', 'FINAL_VAR(y)')][turn(msgs)]
         return await model(msgs)
-    res = at(off_main, rlm_run, 'Q', 'text', ns, ask, limits=dict(block_timeout=.4))
-    assert (res.answer, ns['x']) == ('2', 1) and 'BlockTimeout: stopped after 0.4 s' in res.iterations[0].code_blocks[0].result.error
+    def run(seconds): return at(off_main, rlm_run, 'Q', 'text', ns, ask, limits=dict(block_timeout=seconds))
+    def ready(res):
+        late = res.iterations[1].code_blocks[0].result.error or ''
+        return 'x' in ns and 'BlockTimeout' not in late and (model.came.is_set() or 'query' not in code)
+    res, seconds = given_time(run, ready, .4)
+    assert (res.answer, ns['x']) == ('2', 1) and f'BlockTimeout: stopped after {seconds:g} s' in res.iterations[0].code_blocks[0].result.error
     if 'query' in code: assert model.gone.wait(HANG)
     check_alive(ns)
 
@@ -544,7 +550,7 @@ def test_a_thread_that_outlives_its_run_is_refused():
     code = '''
         import threading
         def late():
-            go.wait(60)
+            go.wait(600)
             try: out.append(llm_query("late"))
             except Exception as e: out.append(str(e))
         t = threading.Thread(target=late, daemon=True); t.start()'''
@@ -565,7 +571,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*fork.*:DeprecationWarning')
 
 def deep_run(ns=None):
     model = tree([block('r = rlm_query_batched(["child"] * 3) + llm_query_batched(["a", "b"])\nx = globals().get("x", 0) + 1', 'FINAL_VAR(r)')], child=['FINAL(c)'])
-    return [str(o) for o in rlm_run('parent', 'text', ns if ns is not None else {}, model, limits=dict(timeout=40)).value]
+    return [str(o) for o in rlm_run('parent', 'text', ns if ns is not None else {}, model, limits=dict(timeout=HANG)).value]
 
 @forks
 @on_both
@@ -712,7 +718,7 @@ def test_nobody_can_end_the_loop_that_all_runs_share(who):
     %s
     try: rlm_run('Q', 'text', {}, **kw)
     except BaseException: pass
-    print(rlm_run('Q', 'text', {}, ScriptLM(['```repl\\nr = llm_query("?")\\n```', 'hm', 'FINAL_VAR(r)'])).answer)''' % KILLS[who], timeout=10)
+    print(rlm_run('Q', 'text', {}, ScriptLM(['```repl\\nr = llm_query("?")\\n```', 'hm', 'FINAL_VAR(r)'])).answer)''' % KILLS[who])
     assert p.stdout == 'hm\n'
 
 def test_children_of_a_cancelled_run_say_so():

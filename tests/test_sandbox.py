@@ -2,7 +2,7 @@
 import gc, json, os, shutil, signal, subprocess, sys, textwrap, threading, time
 import pytest
 from hypothesis import given, strategies as st
-from common import HANG, block, environment, forks, in_child, posix, script, tree, until
+from common import HANG, block, environment, forks, given_time, in_child, posix, script, tree, until
 from kinds import new_ns
 from rlm import ANSWER, PAPER, ScriptLM, exec_code, rlm_run
 from rlm._worker import FrameError, TooLarge, Wire, _calls, decode, encode, parse, plain
@@ -68,7 +68,7 @@ BOMBS = [b'[' * 10**6, b'"\\' * 10**6, b'"' * 10**6, b'{"a":' * 10**5, b'[' + b'
 def test_bombs_are_refused(data):
     with pytest.raises(FrameError): parse(data)
 
-@pytest.mark.parametrize('o', [(1,), {1}, {1: 2}, {'k': [object()]}, b'x', 1j, [print]], ids=repr)
+@pytest.mark.parametrize('o', [(1,), {1}, {1: 2}, {'k': [object()]}, b'x', 1j, [print]], ids=['tuple', 'set', 'key', 'object', 'bytes', 'complex', 'function'])
 def test_what_is_no_data(o):
     with pytest.raises(TypeError): plain(o)
 
@@ -216,9 +216,10 @@ def test_a_call_that_is_given_up_is_cancelled(each):
     async def slow(msgs):
         import asyncio
         going.set()
-        try: await asyncio.sleep(60)
+        try: await asyncio.sleep(600)
         finally: ended.set()
-    res = rlm_run('Go', 'text', each, model=tree([block('llm_query("x")'), 'FINAL(a)']), sub_model=slow, limits=dict(block_timeout=.5))
+    def run(seconds): return rlm_run('Go', 'text', each, model=tree([block('llm_query("x")'), 'FINAL(a)']), sub_model=slow, limits=dict(block_timeout=seconds))
+    res, _ = given_time(run, lambda res: going.is_set(), .5)
     assert res.answer == 'a' and 'stopped after' in res.iterations[0].code_blocks[0].result.error
     assert going.is_set() and ended.wait(HANG)
 
@@ -227,7 +228,7 @@ def test_killed_with_calls_open(each):
     async def slow(msgs):
         import asyncio
         n.append(1)
-        try: await asyncio.sleep(60)
+        try: await asyncio.sleep(600)
         finally: ended.append(1)
     def shoot():
         until(lambda: len(n) == 5)
@@ -325,7 +326,7 @@ def test_a_fork_has_no_part_in_it(ns):
 def test_interrupt_keeps_the_state(each):
     out('x = 1', each)
     t = threading.Thread(target=lambda: (until(lambda: each._session.job), each.interrupt())); t.start()
-    res = exec_code('print("begun"); import time; time.sleep(60)', each)
+    res = exec_code('print("begun"); import time; time.sleep(600)', each)
     assert res.error == 'KeyboardInterrupt' and res.stdout == 'begun\n' and out('print(x)', each) == '1\n'
     each.interrupt(); assert out('print(x)', each) == '1\n' # There is nothing to interrupt
 
@@ -362,7 +363,7 @@ def press():
     while 'begun' not in ns: pass
     os.killpg(0, signal.SIGINT)
 threading.Thread(target=press, daemon=True).start()
-try: exec_code('import time\\nprint("out")\\nbegun = 1\\ntime.sleep(60)', ns)
+try: exec_code('import time\\nprint("out")\\nbegun = 1\\ntime.sleep(600)', ns)
 except KeyboardInterrupt as e: print(repr(e.block.stdout), e.block.error, ns['begun'])
 '''
 @pytest.mark.parametrize('kind', ['process', pytest.param('bwrap', marks=bwrap)])
@@ -392,7 +393,7 @@ def test_without_control_groups(monkeypatch):
     monkeypatch.setattr(sandbox, 'group_places', lambda: [])
     with Sandbox(memory=300, processes=20) as ns:
         assert exec_code('x = 1\ny = b"x" * (1 << 30)', ns).error == 'MemoryError'
-        code = 'import os, time\nfor n in range(100):\n    try:\n        if os.fork() == 0: time.sleep(60)\n    except OSError: break\nprint(n, x)'
+        code = 'import os, time\nfor n in range(100):\n    try:\n        if os.fork() == 0: time.sleep(600)\n    except OSError: break\nprint(n, x)'
         assert 5 < int(out(code, ns).split()[0]) < 20
 
 AS_OTHER = '''

@@ -214,7 +214,7 @@ WORKER = '''
 '''
 
 def test_processes_share_a_store(tmp_path):
-    with ThreadPoolExecutor(4) as ex: res = list(ex.map(lambda i: script(WORKER, str(tmp_path/'c.db'), timeout=60), range(6)))
+    with ThreadPoolExecutor(4) as ex: res = list(ex.map(lambda i: script(WORKER, str(tmp_path/'c.db')), range(6)))
     assert {(o.stdout, o.stderr) for o in res} == {('40 40 42\n', '')}
     assert len(CallStore(tmp_path/'c.db')) == 42
     assert sqlite3.connect(tmp_path/'c.db').execute('PRAGMA integrity_check').fetchall() == [('ok',)]

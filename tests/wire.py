@@ -1,11 +1,11 @@
 """What the tests that talk to `rlm.testing.MessagesServer` share: a client, a run, and what its requests must look like."""
 import json
 import claudette.asink # Takes seconds the first time: no limit of a test should have to wait for that
+from common import HANG
 from rlm import ClaudetteLM, rlm_run
 from rlm.testing import MessagesServer
 
 MODEL, KEY = 'claude-sonnet-4-6', 'loopback-key'
-HANG = 60 # Seconds after which something hangs; nothing is ever this slow
 
 def lm(srv, stream=False, **kw):
     "The client for a server; long replies are streamed."
