@@ -9,7 +9,9 @@ _names = {
     '_rlmpaper_compat': 'ANSWER NANO PAPER Protocol',
     'core': 'LimitExceeded Limits LMError RLMError RLMResult RunConfig arlm_run exec_code llm_query llm_query_batched load_ns rlm_iter '
         'rlm_query rlm_query_batched rlm_run save_ns',
-    'lm': 'ClaudetteLM LM OfflineLM Reply ScriptLM get_lm',
+    'errors': 'LMAuthError LMConnectionError LMModelError LMRefused',
+    'lm': 'LM OfflineLM Reply ScriptLM get_lm',
+    'providers': 'ClaudetteLM',
     'trace': 'CallStore RunLog load_run replay resume rewind',
     'display': 'show_run',
     'remote': 'NamespaceClosed SandboxError SessionLost',

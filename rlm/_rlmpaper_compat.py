@@ -244,16 +244,23 @@ def jsonable(
 class ModelUsageSummary(Record):
     "What one model was asked and answered, summed over calls."
     total_calls: int = 0 # Requests that were answered
-    total_input_tokens: int = 0 # Plain input tokens, cached ones not included
-    total_output_tokens: int = 0
+    total_input_tokens: int|None = 0 # Plain input tokens, cached ones not included; None where a server did not say, here and below
+    total_output_tokens: int|None = 0
     total_cost: float|None = 0. # USD, or None where a price is not known
-    total_cache_read_tokens: int = 0 # Input tokens read from the provider's cache
-    total_cache_write_tokens: int = 0 # Input tokens written to it
+    total_cache_read_tokens: int|None = 0 # Input tokens read from the provider's cache
+    total_cache_write_tokens: int|None = 0 # Input tokens written to it
     def __add__(self, o):
-        cost = None if None in (self.total_cost, o.total_cost) else self.total_cost + o.total_cost
-        return ModelUsageSummary(**{f.name: cost if f.name == 'total_cost' else getattr(self, f.name) + getattr(o, f.name) for f in fields(self)})
+        pairs = {f.name: (getattr(self, f.name), getattr(o, f.name)) for f in fields(self)}
+        return ModelUsageSummary(**{k: None if None in pair else sum(pair) for k, pair in pairs.items()})
     @property
-    def total_tokens(self): return self.total_input_tokens + self.total_output_tokens + self.total_cache_read_tokens + self.total_cache_write_tokens
+    def total_tokens(self)->int|None: # None where any of them is not known
+        "All tokens, read and written."
+        parts = (self.total_input_tokens, self.total_output_tokens, self.total_cache_read_tokens, self.total_cache_write_tokens)
+        return None if None in parts else sum(parts)
+    @property
+    def all_input_tokens(self)->int|None: # None where any of them is not known
+        "Input tokens, cached ones included."
+        return None if self.total_tokens is None else self.total_tokens - self.total_output_tokens
     def to_dict(self): return {f.name: getattr(self, f.name) for f in fields(self)}
     @classmethod
     def from_dict(cls, d): return cls(**{f.name: d.get(f.name, None if f.name == 'total_cost' else 0) for f in fields(cls)})
@@ -292,7 +299,7 @@ class RLMChatCompletion(Record):
     execution_time: float = 0. # Seconds
     metadata: dict|None = None # A child's own trajectory
     error: str|None = None # `Type: message` where the call failed
-    stop_reason: str|None = None # `max_tokens` where the reply was cut
+    stop_reason: str|None = None # `max_tokens` or another reason where the reply was cut
     started: float|None = field(default=None, compare=False) # When, in seconds since 1970
     def to_dict(self):
         d = dict(root_model=self.root_model, prompt=jsonable(self.prompt), response=self.response,

@@ -85,8 +85,10 @@ def tell(
 def _usage_lines(res): # What each model used
     for name, u in res.usage.model_usage_summaries.items():
         cost = 'price unknown' if u.total_cost is None else f'${u.total_cost:.4f}'
-        yield (f'    {name}: {u.total_calls} calls, {u.total_input_tokens:,} in, {u.total_output_tokens:,} out, '
-            f'{u.total_cache_read_tokens:,} from cache, {u.total_cache_write_tokens:,} to cache, {cost}')
+        counts = dict(zip(('in', 'out', 'from cache', 'to cache'),
+            (u.total_input_tokens, u.total_output_tokens, u.total_cache_read_tokens, u.total_cache_write_tokens)))
+        tokens = ', '.join(f'unknown {k}' if n is None else f'{n:,} {k}' for k, n in counts.items())
+        yield f'    {name}: {u.total_calls} calls, {tokens}, {cost}'
 
 # %% ../nbs/13_cli.ipynb #6afea581
 def _limit(s): # NAME=NUMBER

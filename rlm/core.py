@@ -11,7 +11,7 @@ __all__ = ['RunConfig', 'make_config', 'RLMResult', 'Event', 'SubcallError', 'wa
 # %% ../nbs/05_core.ipynb #34a26dad
 import ast, asyncio, copyreg, difflib, functools, hashlib, importlib, inspect, io, json, keyword, linecache, os, pickle, sys, threading, time, warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from concurrent.futures import CancelledError, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +21,8 @@ from types import CellType, CodeType, FunctionType, ModuleType
 from .answers import check_answer
 from .parsing import set_reasoning_aside
 from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, REPLResult, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, parse_code, preview)
-from .lm import LM, LMError, Reply, RLMError, Underway, get_lm, in_thread, on_loop, pickles, run_sync
+from .lm import LM, LMError, Reply, RLMError, get_lm, pickles
+from .aio import CancelScope, in_thread, on_loop, run_sync
 from .limits import Clock, Ledger, LimitExceeded, Limits, check_price, make_limits, metered
 from .loop import Exec, Trajectory, adrive, drive, rlm_steps
 from .repl import (BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, interruptible, outside_block, rebind, scaffold_of,
@@ -119,7 +120,8 @@ class RLMResult:
         u, n = self.usage.total, len(self.iterations)
         cost = '' if not self.cost else f', ${self.cost:.4f}'
         why = f', ended by {self.limit}' if self.limit else '' if self.stop == 'answer' else f', ended by {self.stop}'
-        return f'{n} turn{"s" * (n != 1)}, {u.total_calls} model call{"s" * (u.total_calls != 1)}, {u.total_tokens:,} tokens{cost}, {self.seconds:.1f} s{why}'
+        tokens = 'an unknown number of' if u.total_tokens is None else f'{u.total_tokens:,}'
+        return f'{n} turn{"s" * (n != 1)}, {u.total_calls} model call{"s" * (u.total_calls != 1)}, {tokens} tokens{cost}, {self.seconds:.1f} s{why}'
     def _repr_html_(self):
         from rlm.display import show_run
         return show_run(self, 50_000)._repr_html_()
@@ -205,7 +207,7 @@ class Run:
         off_main = threading.current_thread() is not threading.main_thread()
         self.thread = CodeThread() if own_thread or off_main and (timed or parent) else None
         self.t, self.t0, self.over, self.result, self.children = None, time.perf_counter(), False, None, []
-        self.underway = Underway() # Calls and batches of children
+        self.underway = CancelScope() # Calls and batches of children
         self.late = [] # Calls during a block by threads that an earlier block had started
         self.call, self.asked, self.lock = call, Counter(), threading.Lock()
         self.kind, self.path = ('child', f'{parent.path}/{name}') if parent else ('run', '')
@@ -287,8 +289,7 @@ class Run:
         if self.over: raise RLMError('the run was cancelled') # By now, or by a callback of the event
         res = exec_code(step.code, self.ns, lang=step.lang, timeout=timeout, thread=self.thread)
         res.llm_calls.extend(self.late)
-        if cut := sum(c.stop_reason == 'max_tokens' for c in res.llm_calls):
-            res.notes.append(f'Of the replies to your sub-calls {cut} reached the greatest length and end in the middle. Ask for less at a time.')
+        res.notes.extend(_notes_on(res.llm_calls))
         self.emit('block', code=step.code, lang=step.lang, result=res)
         return res
     def llm_query(self,
@@ -326,10 +327,17 @@ class Run:
         return {o: getattr(self, o) for o in ('llm_query', 'llm_query_batched', 'rlm_query', 'rlm_query_batched')}
 
 # %% ../nbs/05_core.ipynb #eaf4fe56
+def _notes_on(calls): # What the model is told of the replies that its block got
+    cut = sum(c.stop_reason is not None for c in calls)
+    if cut: yield f'Of the replies to your sub-calls {cut} reached the greatest length and end in the middle. Ask for less at a time.'
+    silent = sum(c.error is None and isinstance(c.response, str) and not set_reasoning_aside(c.response).strip() for c in calls)
+    if silent: yield f'Of the replies to your sub-calls {silent} had no text: the str is empty.'
+
 def check_prompts(
     prompts:Iterable, # What the code passed
 )->list[str]:
     "The prompts as a list; anything but str in it is a TypeError."
+    if isinstance(prompts, Mapping): raise TypeError(f'prompts must be a list of str, not a {type(prompts).__name__}: pass list(prompts.values())')
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
         raise TypeError(f'prompts must be a list of str, not a {type(prompts).__name__}')
     prompts = list(prompts)
@@ -373,7 +381,8 @@ def _recorded(run, call): # Around one sub-call: times it, turns its failure int
 async def _ask_one(run, call, lm): # Fill in one call
     with _recorded(run, call):
         r = await run.fetch(lm, [dict(role='user', content=call.prompt)])
-        call.response, call.root_model, call.usage_summary, call.stop_reason = r.text, r.model, UsageSummary({r.model: r.usage}), r.stop_reason if r.stop_reason == 'max_tokens' else None
+        call.response, call.root_model, call.usage_summary = r.text, r.model, UsageSummary({r.model: r.usage})
+        if r.cut: call.stop_reason = r.stop_reason
 
 def _ask_all(run, calls, lm): # Fill in all of them, side by side
     async def all_of_them(): await asyncio.gather(*[_ask_one(run, c, lm) for c in calls])
@@ -420,7 +429,7 @@ def _run_all(run, calls, lm): # Fill in all of them by child runs, side by side
     for c in calls[:most]: todo.put((c, '{0:.8}.{1}'.format(*run.count(c.root_model, c.prompt)))) # Named here, in order: equal prompts would race for their numbers
     for c in calls[len(calls[:most]):]:
         with _recorded(run, c): raise LimitExceeded('max_children_per_batch', most, len(calls))
-    batch = Underway()
+    batch = CancelScope()
     def work():
         while True:
             try: call, name = todo.get_nowait()
@@ -526,7 +535,7 @@ def _end(run, query): # After the loop, however it ended
     _remember(run, question=query, answer=run.result.answer)
     unbind(run.ns)
     if run.thread: run.thread.close()
-    run.ledger, run.clock, run.underway = Ledger(Limits(max_depth=run.limits.max_depth)), Clock(), Underway() # For a person who goes on calling its functions
+    run.ledger, run.clock, run.underway = Ledger(Limits(max_depth=run.limits.max_depth)), Clock(), CancelScope() # For a person who goes on calling its functions
     try: run.emit(run.kind, result=run.result)
     finally: _close(run)
 

@@ -77,6 +77,11 @@ class Clock:
         if left is not None and left <= 0: raise self.error()
 
 # %% ../nbs/03_limits.ipynb #3d4d4cf8
+def _check_spent(name, limit, spent, unknown): # A limit that cannot be kept is reached: a server may not say what a reply has used
+    if limit is None: return
+    if spent is None: raise LimitExceeded(name, limit, unknown)
+    if spent >= limit: raise LimitExceeded(name, limit, spent)
+
 class Ledger:
     "What a run and those below it have used, and whether they may go on."
     def __init__(self,
@@ -99,9 +104,8 @@ class Ledger:
         l = self.limits
         if l.max_tokens is None and l.max_cost is None: return
         u = self.root.usage().total
-        if l.max_tokens is not None and u.total_tokens >= l.max_tokens: raise LimitExceeded('max_tokens', l.max_tokens, u.total_tokens)
-        cost = 'an unknown cost' if u.total_cost is None else u.total_cost # A reply that does not say what it cost
-        if l.max_cost is not None and (u.total_cost is None or cost >= l.max_cost): raise LimitExceeded('max_cost', l.max_cost, cost)
+        _check_spent('max_tokens', l.max_tokens, u.total_tokens, 'an unknown number')
+        _check_spent('max_cost', l.max_cost, u.total_cost, 'an unknown cost')
     def _count(self, what, limit): # One more of `what` in the tree, if it may be
         root, most = self.root, getattr(self.limits, limit)
         with root.lock:

@@ -121,7 +121,7 @@ def _reply(t): # Ask, and begin an iteration with the reply
     it = RLMIteration(t.msgs[t.sent:], reply.text, iteration_time=time.perf_counter() - t0, usage=UsageSummary({reply.model: reply.usage}))
     t.iterations.append(it)
     t.sent = len(t.msgs) + 1 # The reply itself will stand at this place
-    t.cut = reply.stop_reason in ('max_tokens', 'model_context_window_exceeded')
+    t.cut = reply.cut
     if t.cut: it.notes.append('Your reply was cut off at its greatest length. Write less at a time.')
     t.silent = 0 if _had_text(t, it, reply) else t.silent + 1
     if t.silent == 3: raise LMError(f'three replies in a row had no text (the last one stopped with {reply.stop_reason or "nothing"})')
@@ -166,8 +166,13 @@ def _last_call(t): # Ask for what there is
     return it
 
 # %% ../nbs/04_loop.ipynb #5c85830b
+def _next_call(t): # Tokens of the next call, about: what is new was not counted yet, and 3 characters a token is on the safe side
+    used = t.iterations[-1].usage.total.total_tokens
+    new = t.msgs[-1:] if used is not None else t.msgs # A server that does not count
+    return sum(len(m['content']) for m in new) // 3 + (0 if used is None else used)
+
 def _compact(t): # Replace the older turns by the model's notes, if the next call would be too long
-    used = t.iterations[-1].usage.total.total_tokens + len(t.msgs[-1]['content']) // 3 # What is new was not counted yet: 3 characters a token is on the safe side
+    used = _next_call(t)
     if t.compact_at is None or used < t.compact_at: return
     whole = list(t.msgs)
     add_message(t.msgs, dict(role='user', content=COMPACT_PROMPT))

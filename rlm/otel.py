@@ -19,8 +19,9 @@ def _tracer(): # The tracer of the provider that the program has set up, or None
 # %% ../nbs/06a_otel.ipynb #8c13121a
 def _tokens(usage): # A usage as attributes
     u = usage.total
-    return {'gen_ai.usage.input_tokens': u.total_tokens - u.total_output_tokens, 'gen_ai.usage.output_tokens': u.total_output_tokens,
-        'gen_ai.usage.cache_read.input_tokens': u.total_cache_read_tokens, 'gen_ai.usage.cache_creation.input_tokens': u.total_cache_write_tokens}
+    counts = {'input_tokens': u.all_input_tokens, 'output_tokens': u.total_output_tokens,
+        'cache_read.input_tokens': u.total_cache_read_tokens, 'cache_creation.input_tokens': u.total_cache_write_tokens}
+    return {f'gen_ai.usage.{k}': n for k, n in counts.items() if n is not None}
 
 def _provider(lm): # Who serves a model
     name = type(lm).__name__.removesuffix('LM').lower()

@@ -186,7 +186,7 @@ def test_the_process_is_whole_after_a_block(how, off_main):
         from rlm import ScriptLM, exec_code, llm_query, rlm_run
         def block(code, then=''): return f'Next.\\n```repl\\n{{code}}\\n```\\n{{then}}'
         def script(*replies): return ScriptLM([*replies, 'FINAL(ok)', 'FINAL(ok)', 'FINAL(ok)'])
-        import rlm.lm; rlm.lm._get_loop()
+        import rlm.aio; rlm.aio._get_loop()
         builtins.mine = 1
         sys.path.append('/mine')
         def state(): return ([(k, id(v)) for k, v in sorted(builtins.__dict__.items())], sys.excepthook, sys.displayhook, threading.excepthook, sys.getrecursionlimit(), gc.isenabled(),

@@ -20,10 +20,10 @@ CHILD = [block('x = llm_query_batched([context[:7] + " first", context[:7] + " s
 WORKER = '''
 import json, os, sys
 from rlm.core import rlm_run
-from rlm.lm import ClaudetteLM, _claudette
+from rlm.providers import ClaudetteLM, claudette_client
 from rlm.trace import resume
 import anthropic, rlm.limits, rlm.trace
-_claudette()
+claudette_client()
 for line in sys.stdin:
     d = json.loads(line)
     r, w = os.pipe()
