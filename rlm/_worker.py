@@ -438,6 +438,7 @@ class Worker:
             try: return _run(*args)
             finally: _shielded(worker.condition.after)
         repl.Block, repl._run, os._exit = ToldBlock, run, self.leave
+        repl.shares_process = False # What ends it is noted, and it is replaced
         if hasattr(select, 'poll'): self.children = ChildOutput()
         self.condition = Condition(self.wire)
     def begun(self, block):

@@ -25,7 +25,7 @@ from .lm import LM, LMError, Reply, RLMError, get_lm, pickles
 from .aio import CancelScope, in_thread, on_loop, run_sync
 from .limits import Clock, Ledger, LimitExceeded, Limits, check_price, make_limits, metered
 from .loop import Exec, Trajectory, adrive, drive, rlm_steps
-from .repl import (BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, interruptible, outside_block, rebind, scaffold_of,
+from .repl import (block_of, BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, interruptible, outside_block, rebind, scaffold_of,
     shielded, summarize, unbind, unnumbered, visible)
 
 # %% ../nbs/05_core.ipynb #7f4ca9d1
@@ -756,6 +756,8 @@ def _plain_function(o): # Below a staticmethod, a classmethod or a property
     return o if isinstance(o, FunctionType) else None
 
 def _class_files(cls): # Names of the blocks that may have made a class, the likeliest first
+    found = block_of(cls)
+    if found is not None and _source_of(found) is not None: return [found]
     own = [o for o in map(_plain_function, vars(cls).values()) if o is not None]
     sure = [o.__code__.co_filename for o in own if o.__qualname__ == f'{cls.__qualname__}.{o.__name__}']
     sure = [o for o in sure if _source_of(o) is not None]

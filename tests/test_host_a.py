@@ -3,7 +3,7 @@ import os, signal, subprocess, sys, textwrap, threading, time
 import pytest
 import rlm
 from rlm import ScriptLM, exec_code, rlm_iter, rlm_run
-from common import at, block, environment, on_both, posix, turn
+from common import at, block, elsewhere, environment, on_both, posix, turn
 
 LONG = 180 # Seconds after which something hangs
 
@@ -233,6 +233,43 @@ def test_the_end_of_a_block_is_not_the_end_of_the_hosts_input(how, off_main):
         print(input(), sys.stdin.readline().strip(), list(sys.stdin))
     ''')
     assert out == "False 1 True\none two ['three\\n']\n"
+
+ALARMS = {
+    'alarm': 'signal.alarm(1)\ntime.sleep(600)', 'a timer': 'signal.setitimer(signal.ITIMER_REAL, .05)\ntime.sleep(600)',
+    'a virtual one': 'signal.setitimer(signal.ITIMER_VIRTUAL, .05, .05)\nwhile True: pass', 'a profiling one': 'signal.setitimer(signal.ITIMER_PROF, .05)\nwhile True: pass',
+    'the default again': 'signal.signal(signal.SIGALRM, signal.SIG_DFL)\nsignal.alarm(1)\ntime.sleep(600)',
+    'swallowed': 'signal.alarm(1)\ntry: time.sleep(600)\nexcept BaseException: raise ValueError("there was no handler")',
+}
+
+@posix
+@pytest.mark.parametrize('how', ALARMS)
+def test_an_alarm_without_a_handler_ends_the_block_and_not_the_host(how):
+    out = script(f'''
+        import signal
+        from rlm import exec_code
+        was = [signal.getsignal(n) for n in signal.valid_signals()]
+        res = exec_code("import signal, time\\n" + {ALARMS[how]!r}, dict())
+        print('there was no handler' in res.error, was == [signal.getsignal(n) for n in signal.valid_signals()])
+        print(signal.getitimer(signal.ITIMER_REAL)[0], exec_code('6 * 7', dict()).stdout)
+    ''')
+    assert out == 'True True\n0.0 42\n\n'
+
+@posix
+def test_an_alarm_without_a_handler_off_the_main_thread_is_refused():
+    res = elsewhere(exec_code, 'import signal, time\nsignal.alarm(0)\nsignal.alarm(1)', {})
+    assert res.error.startswith('ValueError: SIGALRM has no handler')
+    handled = 'import signal\nsignal.signal(signal.SIGALRM, lambda *a: None)'
+    assert at(False, exec_code, handled + '\nsignal.alarm(1)\nsignal.alarm(0)', {}).error is None
+
+@on_both
+def test_the_default_timeout_of_sockets_and_callbacks_of_gc(off_main):
+    import gc, socket
+    was = gc.callbacks[:], gc.get_threshold()
+    code = 'import gc, socket\nsocket.setdefaulttimeout(.001)\ngc.set_threshold(3)\ndef late(phase, info): raise ValueError\ngc.callbacks.insert(0, late)\ngc.callbacks.append(7)'
+    assert at(off_main, exec_code, code, {}).error is None
+    assert socket.getdefaulttimeout() is None and (gc.callbacks, gc.get_threshold()) == was
+    assert at(off_main, exec_code, 'import gc\ncallbacks = gc.callbacks\ngc.callbacks.clear()\ngc.callbacks = None', {}).error is None
+    assert gc.callbacks == was[0]
 
 @posix
 def test_an_alarm_that_a_block_on_a_thread_leaves_never_fires():

@@ -67,6 +67,7 @@ KEPT = {
     'its folder removed': 'import os, tempfile\nd = tempfile.mkdtemp()\nos.chdir(d); os.rmdir(d)',
     'low soft limits': 'import resource as r\nfor k in (r.RLIMIT_NOFILE, r.RLIMIT_FSIZE, r.RLIMIT_NPROC): r.setrlimit(k, (0, r.getrlimit(k)[1]))',
     'the least priority': 'import os\nos.nice(19)',
+    'callbacks of gc that raise': 'import gc\ndef cb(phase, info): raise KeyboardInterrupt\ngc.callbacks.append(cb)\ngc.callbacks.append(5)\ngc.set_threshold(1)',
     'excepthooks': 'import sys, threading\nsys.excepthook = sys.unraisablehook = threading.excepthook = sys.displayhook = None',
     'warnings as errors': 'import warnings\nwarnings.simplefilter("error")',
     'a finalizer that raises': 'class C:\n    def __del__(self): raise SystemExit\nc = C(); c.me = c\ndel c',
