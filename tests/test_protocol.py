@@ -122,7 +122,7 @@ bodies = st.recursive(plain | st.text(alphabet='ab() \n', max_size=8).map(lambda
 @given(bodies, prose, st.sampled_from(['', ' and more', '.', ')', ') "', '\n\nThat is all (I hope).', ' FINAL(no)']), st.sampled_from(['', '  ', '\t']))
 @examples(*[(o, '', '', '') for o in ('f(x) = (a+b)', '"a) b"', json.dumps({'a': [1, {'b': ')'}], 'c': '(('}, indent=2))])
 def test_a_balanced_answer_comes_back_whole(body, words, after, blank):
-    assume(body.strip())
+    assume(body.strip() and not (after.startswith(')') and body.rstrip()[-1] in ':;=')) # `:))` may be a smile before the end
     assert parse_final(f'{words}\n{blank}FINAL({body}){after}') == ('FINAL', body.strip())
 
 @given(st.lists(st.tuples(st.sampled_from(['FINAL', 'FINAL_VAR']), st.sampled_from(['a', 'b', 'c'])), min_size=1, max_size=6), prose)
