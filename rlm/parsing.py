@@ -647,9 +647,9 @@ def find_final_answer(
     return None if no_answer(value) else FinalAnswer(value)
 
 # %% ../nbs/00_parsing.ipynb #47cdecdd
-_labelled = _Pattern(r'^[\s>*_#`-]*FINAL(?:[ _]?(?-i:ANSWER|[Aa]nswer))?[*_` ]*[:=][*_` ]*(?=\S)', re.M)
-_label_words = _Pattern(r'^[\s>*_#`-]*final answer[*_` ]*:[*_` ]*(?=\S)', re.M | re.I)
-_assigned = _Pattern(r'^\s*(?:answer\[(["\'])content\1\]|Final)[ \t]*=[ \t]*(.+?)[ \t]*$', re.M)
+_labelled = _Pattern(r'^[ \t>*_#`-]{0,40}FINAL(?:[ _]?(?-i:ANSWER|[Aa]nswer))?[*_` ]*[:=][*_` ]*(?=\S)', re.M)
+_label_words = _Pattern(r'^[ \t>*_#`-]{0,40}final answer[*_` ]*:[*_` ]*(?=\S)', re.M | re.I)
+_assigned = _Pattern(r'^[ \t]{0,40}(?:answer\[(["\'])content\1\]|Final)[ \t]*=[ \t]*(.+)$', re.M)
 _edges = ' \t\r\n*_`'
 
 def _open_answer(text, m): # An answer that does not end
@@ -674,7 +674,7 @@ def find_last_answers(
     label = _labelled.search(said) or _label_words.search(said)
     if label and not cut: return [Part('answer', label.end(), len(said), 'FINAL', said[label.end():].strip(_edges))]
     given = [m for p in find_fences(text) for m in _assigned.finditer(p.body)]
-    return [Part('answer', 0, 0, 'FINAL', m[2]) for m in given[-1:]]
+    return [Part('answer', 0, 0, 'FINAL', m[2].rstrip()) for m in given[-1:]]
 
 # %% ../nbs/00_parsing.ipynb #12d651d3
 def whole_answer(

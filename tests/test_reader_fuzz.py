@@ -20,7 +20,8 @@ def test_nothing_is_lost_or_doubled(text):
     assert answer is None or answer.strip()
 
 LINES = [*(o for o in PIECES if o.strip()), '`\n', '```x\n', 'FINAL(\n', 'FINAL_VAR(\n', 'FINAL("\n', 'FINAL(a (b\n', 'FINAL(1) a (b\n', 'FINAL(```repl\n', 'FINAL(\n```repl\nx\n```\n', 'a FINAL(', '`FINAL(\n', '<think>\n',
-    '</think>\n', '<code>\n', '<code>x</code>\n', '{"name":\n', '[{"name":\n', '> ```repl\n', '```repl\nx = """\n```\n', '```repl\nprint(1)```', 'x```\n', '<tool_call>{"', '```repl\n</think>\n', '```repl\nx()\n```repl\n', '    ```python\n    x']
+    '</think>\n', '<code>\n', '<code>x</code>\n', '{"name":\n', '[{"name":\n', '> ```repl\n', '```repl\nx = """\n```\n', '```repl\nprint(1)```', 'x```\n', '<tool_call>{"', '```repl\n</think>\n', '```repl\nx()\n```repl\n', '    ```python\n    x',
+    '\n', ' \n', '> \n', '-\n', '* \n', '` ', 'Final =\n', 'Final = x   ', 'answer["content"] = x\n', '# FINAL\n', 'final answer: \n', '<|channel|> ']
 
 def seconds(text):
     t0 = time.process_time()
