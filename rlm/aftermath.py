@@ -44,15 +44,29 @@ def restore_builtins()->None:
     "Put the builtins back as they were when no block ran."
     _builtins.put_back()
 
-_hooks = [(sys, 'excepthook'), (sys, 'displayhook'), (sys, 'unraisablehook'), (sys, 'breakpointhook'), (threading, 'excepthook'),
-    (warnings, 'showwarning'), (warnings, 'formatwarning'), (sys, 'modules'), (gc, 'callbacks')]
+_hooks = [(sys, name) for name in ('excepthook', 'displayhook', 'unraisablehook', 'breakpointhook', 'modules')]
+_hooks += [(threading, 'excepthook'), (warnings, 'showwarning'), (warnings, 'formatwarning'), (gc, 'callbacks')]
 
 _lists = [(sys, 'path'), (sys, 'meta_path'), (sys, 'path_hooks')]
 
-_settings = [(sys.getrecursionlimit, lambda n: sys.setrecursionlimit(max(n, sys.getrecursionlimit()))),
-    (sys.getswitchinterval, sys.setswitchinterval), (gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
-    (gc.get_threshold, lambda o: gc.set_threshold(*o)), (getdefaulttimeout, setdefaulttimeout), (threading.gettrace, threading.settrace), (threading.getprofile, threading.setprofile),
-    (lambda: locale.setlocale(locale.LC_ALL), lambda o: locale.setlocale(locale.LC_ALL, o))]
+def _set_depth(n): sys.setrecursionlimit(max(n, sys.getrecursionlimit()))
+def _set_gc(on):
+    if on: gc.enable()
+    else: gc.disable()
+def _set_thresholds(numbers): gc.set_threshold(*numbers)
+def _get_locale(): return locale.setlocale(locale.LC_ALL)
+def _set_locale(name): locale.setlocale(locale.LC_ALL, name)
+
+_settings = [ # (how to read it, how to set it)
+    (sys.getrecursionlimit, _set_depth),
+    (sys.getswitchinterval, sys.setswitchinterval),
+    (gc.isenabled, _set_gc),
+    (gc.get_threshold, _set_thresholds),
+    (getdefaulttimeout, setdefaulttimeout),
+    (threading.gettrace, threading.settrace),
+    (threading.getprofile, threading.setprofile),
+    (_get_locale, _set_locale),
+]
 
 _gc_callbacks = gc.callbacks # What Python itself calls, whatever the name is bound to by then
 
@@ -83,7 +97,8 @@ class _Process:
             self.modules = dict(sys.modules)
             self.last = list(self.modules)[-1]
     def _put_back(self):
-        if len(_gc_callbacks) != len(self.callbacks) or not all(map(operator.is_, _gc_callbacks, self.callbacks)): self._callbacks_back()
+        same = len(_gc_callbacks) == len(self.callbacks) and all(map(operator.is_, _gc_callbacks, self.callbacks))
+        if not same: self._callbacks_back()
         for (o, name), was in zip(_hooks, self.hooks):
             if getattr(o, name, None) is not was: setattr(o, name, was)
         for (m, name), (now, was) in zip(_lists, self.lists): self._list_back(m, name, now, was)
@@ -99,13 +114,16 @@ class _Process:
         added = [f for f in _gc_callbacks if not any(f is o for o in self.callbacks)]
         _gc_callbacks[:] = self.callbacks + [f for f in added if not _is_left(f)]
     def _filters_back(self): # Those that a library sets for a message or a module of its own may stay
-        added = [f for f in warnings.filters if f not in self.shown and f[0] != 'error' and (f[1] or f[3])]
+        new = [f for f in warnings.filters if f not in self.shown]
+        added = [f for f in new if f[0] != 'error' and (f[1] or f[3])]
         self.filters[:] = added + self.shown
         warnings.filters = self.filters
         warnings._filters_mutated()
     def _lacks_modules(self): # A dict is in order: where one is gone, all after it have moved up
         n = len(self.modules)
-        return n == 0 or next(itertools.islice(sys.modules, n - 1, None), None) != self.last
+        if n == 0: return True
+        at_its_place = itertools.islice(sys.modules, n - 1, None)
+        return next(at_its_place, None) != self.last
     def _modules_back(self):
         for name in self.modules:
             if name not in sys.modules: sys.modules[name] = self.modules[name]
@@ -148,8 +166,9 @@ def _note_timer(f): # `alarm` and `setitimer` work on all threads: elsewhere tha
         block = current_block.get()
         if block is None or len(args) == 0: return f(*args)
         block.timed = True
-        which, seconds = args[:2] if len(args) > 1 else (None, *args)
-        if seconds and which in _timer_signals and not block.forked: shielded(_handle_timer, _timer_signals[which])
+        which = args[0] if len(args) > 1 else None # `alarm` has the seconds alone
+        armed = args[0 if which is None else 1]
+        if armed and which in _timer_signals and not block.forked: shielded(_handle_timer, _timer_signals[which])
         return f(*args)
     return set_timer
 
@@ -157,23 +176,29 @@ def _went_off(num, frame): raise BlockTimeout(f'{signal.Signals(num).name}: a ti
 
 def _handle_timer(num): # The default is to end the process, which is not the block's; that of a worker is
     if not shares_process or _csignal.getsignal(num) != _csignal.SIG_DFL: return
-    if not on_main_thread(): raise ValueError(f'{signal.Signals(num).name} has no handler, and only the main thread can set one: the timer would end the whole process')
+    if not on_main_thread():
+        name = signal.Signals(num).name
+        raise ValueError(f'{name} has no handler, and only the main thread can set one: the timer would end the whole process')
     _csignal.signal(num, this_thread.gate.at_signal(_went_off))
 
 shares_process = True # Do blocks run in somebody's process? A worker says no
 _timer_signals = {}
 
 if hasattr(signal, 'setitimer'):
-    _timer_signals = {None: signal.SIGALRM, signal.ITIMER_REAL: signal.SIGALRM, signal.ITIMER_VIRTUAL: signal.SIGVTALRM, signal.ITIMER_PROF: signal.SIGPROF}
+    _timer_signals[None] = _timer_signals[signal.ITIMER_REAL] = signal.SIGALRM
+    _timer_signals[signal.ITIMER_VIRTUAL] = signal.SIGVTALRM
+    _timer_signals[signal.ITIMER_PROF] = signal.SIGPROF
 
 for _name in ('alarm', 'setitimer'):
-    if hasattr(signal, _name) and not hasattr(getattr(signal, _name), '__wrapped__'): setattr(signal, _name, _note_timer(getattr(signal, _name)))
+    _real = getattr(signal, _name, None)
+    if _real is not None and not hasattr(_real, '__wrapped__'): setattr(signal, _name, _note_timer(_real))
 
 # %% ../nbs/17_aftermath.ipynb #2e4af1c7
 class _OfThread:
     "Signal mask, tracer, profiler and block of this thread; on the main thread the signals too."
     def __init__(self):
-        self.block, self.tracer, self.profiler = current_block.get(), sys.gettrace(), sys.getprofile()
+        self.block = current_block.get()
+        self.tracer, self.profiler = sys.gettrace(), sys.getprofile()
         self.depth = sys.getrecursionlimit()
         self.mask = _set_mask and _set_mask(signal.SIG_BLOCK, ())
         self.main, self.signals = on_main_thread(), _Signals()

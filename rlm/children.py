@@ -33,9 +33,13 @@ def _inherits(value, which, block): # The text for a stream of a child, if it wo
     elif value is not None: return
     return getattr(block, which)
 
+def _outs(block): # Its texts, by descriptor
+    return (1, block.stdout), (2, block.stderr)
+
 def _pipes_for_child(): # (block, pipes) where a child of this context has to be heard; a forked one has its descriptors already
     block = current_block.get()
-    return (None, None) if block is None or type(block.stdout) is FdText else (block, ChildPipes())
+    if block is None or type(block.stdout) is FdText: return None, None
+    return block, ChildPipes()
 
 @functools.wraps(_real_popen)
 def _popen(*args, **kw): # `subprocess.Popen.__init__`
@@ -68,9 +72,9 @@ def _spawner(spawn): # `os.posix_spawn` and its like
     def spawn_in_block(path, argv, env, *, file_actions=(), **kw):
         block, pipes = _pipes_for_child()
         if block is None: return spawn(path, argv, env, file_actions=file_actions, **kw)
-        ours = [(os.POSIX_SPAWN_DUP2, pipes.writer(text), fd) for fd, text in ((1, block.stdout), (2, block.stderr))]
-        more = () if file_actions is None else file_actions
-        try: return spawn(path, argv, env, file_actions=[*ours, *more], **kw)
+        ours = [(os.POSIX_SPAWN_DUP2, pipes.writer(text), fd) for fd, text in _outs(block)]
+        if file_actions is not None: ours += file_actions
+        try: return spawn(path, argv, env, file_actions=ours, **kw)
         finally: shielded(block.watch, pipes)
     return spawn_in_block
 
@@ -106,7 +110,8 @@ def _fd_id(fd): # What a descriptor is, or None
 
 def _before_fork_in_block():
     block, _forking.pipes = _pipes_for_child()
-    if block is not None: _forking.ends = [(fd, _fd_id(fd), _forking.pipes.writer(text)) for fd, text in ((1, block.stdout), (2, block.stderr))]
+    if block is None: return
+    _forking.ends = [(fd, _fd_id(fd), _forking.pipes.writer(text)) for fd, text in _outs(block)]
 
 def _after_fork_in_parent():
     block, pipes = current_block.get(), _forking.pipes

@@ -76,8 +76,10 @@ class Gate:
     ): # For `signal.signal`
         "A handler that calls `f` when the gate is open."
         def handle(num, frame):
-            self.wanted = None if self.open else lambda: handle(num, frame)
-            if self.open: f(num, frame)
+            if self.open:
+                self.wanted = None
+                f(num, frame)
+            else: self.wanted = lambda: handle(num, frame)
         return handle
 
 # %% ../nbs/10_interrupt.ipynb #50a57d13

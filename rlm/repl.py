@@ -188,6 +188,7 @@ def exec_code(
     odd, again = _guarded(lambda: _finish(res, ns, scaffold, streams, block), block, stopping.grace, thread)
     for name, o in zip(STREAMS, streams): setattr(sys, name, o) # The code may have put anything there
     if block.children is not None: block.drain()
+    block.loop = None # It may live on in contexts that the code has left behind; the loop ends with the thread
     block.open, res.execution_time, res.llm_calls = False, time.perf_counter() - t0, block.calls
     return _result(res, block, err or odd, ctrl_c or again)
 
