@@ -6,7 +6,7 @@ itself (`Condition`): what cannot be put right is told to the host, which starts
 import _frozen_importlib, builtins, codecs, contextvars, ctypes, encodings, errno, gc, itertools, json, operator, os, re, select, signal, struct, sys, threading, time, types
 from array import array
 from queue import SimpleQueue
-from . import _rlmpaper_compat, repl
+from . import _rlmpaper_compat, aftermath, repl
 from ._rlmpaper_compat import type_name
 from .output import fit_outputs
 from .repl import Block, Scaffold, outside_block
@@ -303,7 +303,7 @@ class Condition:
     def __init__(self, wire):
         self.wire, self.home, self.broken = wire, os.getcwd(), None
         self.builtins, self.names, self.values = vars(builtins), list(vars(builtins)), list(vars(builtins).values())
-        self.watched = _watched([repl, sys.modules[__name__], _rlmpaper_compat])
+        self.watched = _watched([m for name, m in sys.modules.items() if name.startswith(f'{__package__}.')])
         self.modules, self.loaded = sys.modules, dict(sys.modules)
         self.lists = [(name, getattr(sys, name), list(getattr(sys, name))) for name in ('path', 'meta_path', 'path_hooks')]
         self.recursion, self.switch, self.on_int = sys.getrecursionlimit(), sys.getswitchinterval(), signal.getsignal(signal.SIGINT)
@@ -438,7 +438,7 @@ class Worker:
             try: return _run(*args)
             finally: _shielded(worker.condition.after)
         repl.Block, repl._run, os._exit = ToldBlock, run, self.leave
-        repl.shares_process = False # What ends it is noted, and it is replaced
+        aftermath.shares_process = False # What ends it is noted, and it is replaced
         if hasattr(select, 'poll'): self.children = ChildOutput()
         self.condition = Condition(self.wire)
     def begun(self, block):

@@ -2,7 +2,7 @@
 import asyncio, contextvars
 import pytest
 from common import block
-from rlm import Limits, ScriptLM, arlm_run, exec_code, repl, rlm_iter, rlm_run
+from rlm import Limits, ScriptLM, arlm_run, exec_code, repl, rlm_iter, rlm_run, sources
 
 HANG = 180 # Seconds after which something hangs
 
@@ -225,7 +225,7 @@ def test_the_source_of_a_living_function_stays():
     assert inspect.getsource(ns['kept']) == 'def kept(x):\n    return x + 1\n'
     assert inspect.getsource(ns['C'].method).strip() == 'def method(self): return 1'
     assert gone not in linecache.cache
-    n = len(repl._files)
+    n = len(sources._files)
     for i in range(1500): exec_code(f'def again(x): return {i}', ns)
     for i in range(1500): exec_code('pass', ns)
-    assert len(repl._files) <= max(n, 1010) and 'return 1499' in inspect.getsource(ns['again'])
+    assert len(sources._files) <= max(n, 1010) and 'return 1499' in inspect.getsource(ns['again'])

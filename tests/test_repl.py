@@ -5,7 +5,7 @@ from contextlib import suppress
 import pytest
 from hypothesis import given, strategies as st
 from common import HANG, at, elsewhere, forks, given_time, in_child, on_both, posix, script, until
-from rlm import repl
+from rlm import repl, stopping
 from rlm._rlmpaper_compat import REPLResult
 from rlm.repl import CodeThread, Scaffold, bind, exec_code, interruptible, shielded, show_vars, summarize, unbind
 
@@ -412,7 +412,7 @@ def release(ns):
 
 @pytest.mark.parametrize('name', ['sleep', 'lock', 'socket', 'asyncio'])
 def test_waits_on_another_thread_are_left_behind(name, monkeypatch):
-    monkeypatch.setattr(repl, 'grace', .2)
+    monkeypatch.setattr(stopping, 'grace', .2)
     ns = {}
     res = elsewhere(check_stopped, WAITS[name], ns)
     assert 'stopped' in res.error or 'its thread is still there' in res.error
@@ -422,13 +422,14 @@ def test_waits_on_another_thread_are_left_behind(name, monkeypatch):
 @posix
 @pytest.mark.parametrize('name', SWALLOWS)
 def test_code_that_swallows_the_interrupt_on_the_main_thread(name, monkeypatch):
-    monkeypatch.setattr(repl, 'grace', .1)
+    monkeypatch.setattr(stopping, 'grace', .1)
+    monkeypatch.setattr(sys, 'unraisablehook', lambda *args: None) # It may come while the collector works
     check_stopped(SWALLOWS[name], dict(go=True), .05)
 
 @pytest.mark.parametrize('name', SWALLOWS)
 def test_code_that_swallows_the_interrupt_on_a_thread(name, monkeypatch):
     "Control returns, whether the code was ended or not."
-    monkeypatch.setattr(repl, 'grace', .1)
+    monkeypatch.setattr(stopping, 'grace', .1)
     ns, thread = dict(go=True), CodeThread()
     elsewhere(check_stopped, SWALLOWS[name], ns, .05, thread=thread)
     ns['go'] = False; thread.close()
@@ -700,7 +701,7 @@ def test_answers_from_code(what, off_main):
 @pytest.mark.parametrize('code', ['answer["content"] = C(); answer["ready"] = True', 'answer["ready"] = C()', 'Final = D(a=1)'])
 def test_an_answer_whose_text_never_comes(code, off_main, monkeypatch):
     "What is asked of the code's objects after the block is under a limit as well."
-    monkeypatch.setattr(repl, 'grace', .3)
+    monkeypatch.setattr(stopping, 'grace', .3)
     ns, s = scaffolded(final_name='Final')
     loop = 'def loop(*_):\n  while go: pass\nclass C: __str__ = __bool__ = loop\nclass D(dict): items = __iter__ = loop\n'
     ns['go'] = True
@@ -818,7 +819,7 @@ def test_next_to_nothing(code):
 
 @on_both
 def test_an_error_whose_text_has_no_end(off_main, monkeypatch):
-    monkeypatch.setattr(repl, 'grace', .2)
+    monkeypatch.setattr(stopping, 'grace', .2)
     code = 'class E(Exception):\n def __str__(self):\n  while True: pass\nbegun = 1\nraise E'
     ns = {}
     res, _ = given_time(lambda seconds: at(off_main, exec_code, code, ns, timeout=seconds), lambda res: 'begun' in ns, .2)

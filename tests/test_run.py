@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from common import HANG, at, block, elsewhere, environment, first, forks, given_time, in_child, is_turn, on_both, posix, script, tree, turn, until
 from rlm import LMError, LimitExceeded, RLMError, ScriptLM, arlm_run, exec_code, llm_query, llm_query_batched, rlm_iter, rlm_query, rlm_run
-from rlm import repl
+from rlm import stopping
 from rlm._rlmpaper_compat import UsageSummary
 from rlm.lm import FnLM
 
@@ -447,7 +447,7 @@ def test_too_many_children_in_a_batch():
 @pytest.mark.parametrize('how', ['loops', 'sleeps', 'swallows', 'waits', 'waits in a sub-call'])
 def test_a_child_that_never_ends(how, off_main, monkeypatch):
     "The others are unharmed, the parent goes on, and it takes no longer than the child may."
-    monkeypatch.setattr(repl, 'grace', .2)
+    monkeypatch.setattr(stopping, 'grace', .2)
     code = dict(loops='while True: pass', sleeps='import time\ntime.sleep(600)', swallows='while go():\n  try:\n    x = 0\n    while go(): x += 1\n  except BaseException: pass').get(how)
     stop, model = threading.Event(), Waits()
     async def ask(msgs):
