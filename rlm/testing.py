@@ -18,15 +18,23 @@ def count_tokens(
 )->int: # A quarter of its characters, at least 1
     "Tokens of a content block, by the rule that this server counts with."
     text = block.get('text', block.get('thinking'))
-    return max(1, len(text if isinstance(text, str) else json.dumps(block)) // 4)
+    if not isinstance(text, str): text = json.dumps(block)
+    return max(1, len(text) // 4)
 
-def _blocks(body): # (role, block) of all that the model reads, in the order of the cache; a str is one text block
-    parts = [('tool', body.get('tools')), ('system', body.get('system')), *((m['role'], m['content']) for m in body['messages'])]
-    return [(role, o) for role, c in parts for o in ([dict(type='text', text=c)] if c and isinstance(c, str) else c or [])]
+def _as_blocks(content): # A str is one text block
+    if isinstance(content, str) and len(content): return [dict(type='text', text=content)]
+    return content if isinstance(content, list) else []
+
+def _blocks(body): # (role, block) of all that the model reads, in the order of the cache
+    parts = [('tool', body.get('tools')), ('system', body.get('system'))]
+    parts += [(m['role'], m['content']) for m in body['messages']]
+    return [(role, o) for role, content in parts for o in _as_blocks(content)]
 
 def _marks(body, blocks): # Which of the blocks are breakpoints; `cache_control` of the request as a whole is one on its last block
+    marks = [i for i, (_, o) in enumerate(blocks) if o.get('cache_control')]
     last = len(blocks) - 1
-    return [i for i, (_, o) in enumerate(blocks) if o.get('cache_control') or (i == last and body.get('cache_control'))]
+    if body.get('cache_control') and last not in marks: marks.append(last)
+    return marks
 
 # %% ../nbs/02b_testing.ipynb #33d0a4ca
 class PromptCache:
@@ -38,35 +46,57 @@ class PromptCache:
         body:dict, # A request
     )->tuple: # Input side of the usage in the provider's form; the digests to add to `kept` once the answer begins
         "What `body` reads and what it would write; changes nothing."
-        h, keys, ends, blocks = hashlib.sha256(body['model'].encode()), [], [0], _blocks(body)
-        for role, o in blocks:
-            o = {k: v for k,v in o.items() if k != 'cache_control'}
-            h.update(json.dumps([role, o], sort_keys=True).encode())
-            keys.append(h.digest()); ends.append(ends[-1] + count_tokens(o))
+        blocks = _blocks(body)
+        keys, ends = _prefixes(body['model'], blocks)
         marks = _marks(body, blocks)
-        read = ends[next((j + 1 for m in marks[::-1] for j in range(m, max(m - 20, -1), -1) if keys[j] in self.kept), 0)]
+        read = ends[self._longest(keys, marks)]
         new = [m for m in marks if ends[m + 1] >= self.min_tokens]
         write = max(ends[new[-1] + 1] - read, 0) if new else 0
-        usage = dict(input_tokens=ends[-1] - read - write, cache_creation_input_tokens=write, cache_read_input_tokens=read)
+        plain = ends[-1] - read - write
+        usage = dict(input_tokens=plain, cache_creation_input_tokens=write, cache_read_input_tokens=read)
         return usage, [keys[m] for m in new]
+    def _longest(self, keys, marks): # Blocks of the longest prefix that is kept, looked for at most 20 blocks back from a breakpoint
+        for m in reversed(marks):
+            for j in range(m, max(m - 20, -1), -1):
+                if keys[j] in self.kept: return j + 1
+        return 0
+
+def _prefixes(model, blocks): # For each prefix of the blocks its digest, and its tokens, those of none before them
+    h, keys, ends = hashlib.sha256(model.encode()), [], [0]
+    for role, o in blocks:
+        o = {k: v for k, v in o.items() if k != 'cache_control'}
+        h.update(json.dumps([role, o], sort_keys=True).encode())
+        keys.append(h.digest())
+        ends.append(ends[-1] + count_tokens(o))
+    return keys, ends
 
 # %% ../nbs/02b_testing.ipynb #f64bfb46
 def _check_blocks(where, content): # `content`: a str or a list of blocks
-    if not isinstance(content, (str, list)): return f'{where}: Input should be a valid string or list'
-    for o in [dict(type='text', text=content)] if isinstance(content, str) else content:
-        if not isinstance(o, dict) or 'type' not in o: return f'{where}: Input should be a valid content block'
-        if o['type'] != 'text': continue
-        if not isinstance(o.get('text'), str): return f'{where}: text: Input should be a valid string'
-        if not o['text'].strip(): return f'{where}: text content blocks must {"contain non-whitespace text" if o["text"] else "be non-empty"}'
+    if isinstance(content, str): content = [dict(type='text', text=content)]
+    if not isinstance(content, list): return f'{where}: Input should be a valid string or list'
+    bad = next(filter(None, map(_check_block, content)), None)
+    return None if bad is None else f'{where}: {bad}'
+
+def _check_block(o):
+    if not isinstance(o, dict) or 'type' not in o: return 'Input should be a valid content block'
+    if o['type'] != 'text': return
+    text = o.get('text')
+    if not isinstance(text, str): return 'text: Input should be a valid string'
+    if len(text) == 0: return 'text content blocks must be non-empty'
+    if not text.strip(): return 'text content blocks must contain non-whitespace text'
 
 def _check_messages(msgs):
     if not msgs: return 'messages: at least one message is required'
-    for i,m in enumerate(msgs):
-        if not isinstance(m, dict) or not {'role', 'content'} <= m.keys(): return f'messages.{i}: Input should have a role and content'
-        if m['role'] not in ('user', 'assistant'): return f'messages: Unexpected role "{m["role"]}"'
-        if not m['content']: return f'messages.{i}: messages must have non-empty content'
-        if bad := _check_blocks(f'messages.{i}', m['content']): return bad
+    for i, m in enumerate(msgs):
+        bad = _check_message(i, m)
+        if bad is not None: return bad
     if msgs[0]['role'] != 'user': return 'messages: first message must use the "user" role'
+
+def _check_message(i, m):
+    if not isinstance(m, dict) or not {'role', 'content'} <= m.keys(): return f'messages.{i}: Input should have a role and content'
+    if m['role'] not in ('user', 'assistant'): return f'messages: Unexpected role "{m["role"]}"'
+    if not m['content']: return f'messages.{i}: messages must have non-empty content'
+    return _check_blocks(f'messages.{i}', m['content'])
 
 def check_request(
     body:dict, # A request
@@ -74,15 +104,24 @@ def check_request(
 )->str|None: # What is wrong with it; None if it is right
     "The first reason for which the provider would answer a request with 400."
     if not isinstance(body, dict): return 'The request body is not a valid JSON object'
-    for k,t in (('model', str), ('max_tokens', int), ('messages', list)):
+    for bad in _faults_of(body, reject_temperature):
+        if bad is not None: return bad
+
+def _check_fields(body):
+    for k, t in dict(model=str, max_tokens=int, messages=list).items():
         if k not in body: return f'{k}: Field required'
         if not isinstance(body[k], t): return f'{k}: Input should be a valid {t.__name__}'
+
+def _faults_of(body, reject_temperature): # One check after the other, since each takes for granted what those before it saw
+    yield _check_fields(body)
     given = [k for k in ('temperature', 'top_p', 'top_k') if k in body]
-    if given and reject_temperature: return f'`{given[0]}` is deprecated for this model.'
-    if bad := _check_messages(body['messages']) or (body.get('system') and _check_blocks('system', body['system'])): return bad
-    if not all(isinstance(o, dict) for o in body.get('tools') or []): return 'tools: Input should be a valid list of objects'
+    if given and reject_temperature: yield f'`{given[0]}` is deprecated for this model.'
+    yield _check_messages(body['messages'])
+    if body.get('system'): yield _check_blocks('system', body['system'])
+    tools = body.get('tools')
+    if tools and not all(isinstance(o, dict) for o in tools): yield 'tools: Input should be a valid list of objects'
     n = len(_marks(body, _blocks(body)))
-    if n > 4: return f'A maximum of 4 blocks with cache_control may be provided. Found {n}.'
+    if n > 4: yield f'A maximum of 4 blocks with cache_control may be provided. Found {n}.'
 
 # %% ../nbs/02b_testing.ipynb #b50804d0
 def build_message(
@@ -94,30 +133,35 @@ def build_message(
     "The provider's answer to a request."
     if not isinstance(reply, (str, dict)): raise TypeError(f'a reply is a str or a dict, not {type(reply).__name__}')
     r = dict(text=reply) if isinstance(reply, str) else reply
-    text, stop = r.get('text', ''), 'end_turn'
-    if len(text) // 4 > body['max_tokens']: text, stop = text[:4 * body['max_tokens']], 'max_tokens'
-    content = r.get('content', [dict(type='text', text=text)] if text else [])
-    usage = usage | dict(output_tokens=max(1, sum(map(count_tokens, content)))) | r.get('usage', {})
-    return dict(id=f'msg_{number:06}', type='message', role='assistant', model=r.get('model', body['model']), content=content,
-        stop_reason=r.get('stop_reason', stop), stop_sequence=None, usage=usage)
+    text, most = r.get('text', ''), 4 * body['max_tokens']
+    stop = 'end_turn' if len(text) < most + 4 else 'max_tokens'
+    if stop == 'max_tokens': text = text[:most]
+    content = r.get('content', _as_blocks(text))
+    tokens = max(1, sum(map(count_tokens, content)))
+    usage = usage | dict(output_tokens=tokens) | r.get('usage', {})
+    message = dict(id=f'msg_{number:06}', type='message', role='assistant', model=r.get('model', body['model']), content=content)
+    return message | dict(stop_reason=r.get('stop_reason', stop), stop_sequence=None, usage=usage)
 
 # %% ../nbs/02b_testing.ipynb #f244a025
 def _deltas(o): # A block's text in up to four pieces; a signature always comes whole
-    for k in [k for k in ('text', 'thinking') if k in o]:
-        n = max(1, -(-len(o[k]) // 4))
-        for j in range(0, len(o[k]), n): yield {'type': f'{k}_delta', k: o[k][j:j + n]}
+    for k in ('text', 'thinking'):
+        text = o.get(k, '')
+        n = max(1, -(-len(text) // 4))
+        for j in range(0, len(text), n): yield {'type': f'{k}_delta', k: text[j:j + n]}
     if 'signature' in o: yield dict(type='signature_delta', signature=o['signature'])
 
 def _events(msg): # The events that stream a Message, in order
     start = msg | dict(content=[], stop_reason=None, usage=msg['usage'] | dict(output_tokens=1))
-    out = [dict(type='message_start', message=start), dict(type='ping')]
-    for i,o in enumerate(msg['content']):
+    yield dict(type='message_start', message=start)
+    yield dict(type='ping')
+    for i, o in enumerate(msg['content']):
         blank = {k: '' for k in ('text', 'thinking', 'signature') if k in o}
-        out.append(dict(type='content_block_start', index=i, content_block=o | blank))
-        out += [dict(type='content_block_delta', index=i, delta=d) for d in _deltas(o)]
-        out.append(dict(type='content_block_stop', index=i))
+        yield dict(type='content_block_start', index=i, content_block=o | blank)
+        for d in _deltas(o): yield dict(type='content_block_delta', index=i, delta=d)
+        yield dict(type='content_block_stop', index=i)
     end = dict(stop_reason=msg['stop_reason'], stop_sequence=None)
-    return out + [dict(type='message_delta', delta=end, usage=msg['usage']), dict(type='message_stop')]
+    yield dict(type='message_delta', delta=end, usage=msg['usage'])
+    yield dict(type='message_stop')
 
 # %% ../nbs/02b_testing.ipynb #db1c2064
 TRANSIENT = ('429', '500', '529', 'drop', 'cut', 'short', 'garbage', 'error') # After these the same request, sent again, is answered
@@ -145,9 +189,11 @@ def random_faults(
 
 # %% ../nbs/02b_testing.ipynb #78f4df31
 def _http(status, data, length=None, **headers): # `length=None`: `data` is in chunks already
-    headers = {'content-type': 'application/json'} | {k.replace('_', '-'): v for k,v in headers.items()}
-    headers |= {'transfer-encoding': 'chunked'} if length is None else {'content-length': length}
-    return '\r\n'.join([f'HTTP/1.1 {status} -', *(f'{k}: {v}' for k,v in headers.items()), '\r\n']).encode() + data
+    headers = {'content-type': 'application/json'} | {k.replace('_', '-'): v for k, v in headers.items()}
+    if length is None: headers['transfer-encoding'] = 'chunked'
+    else: headers['content-length'] = length
+    lines = [f'HTTP/1.1 {status} -', *(f'{k}: {v}' for k, v in headers.items())]
+    return '\r\n'.join([*lines, '\r\n']).encode() + data
 
 def _sse(e): return f'event: {e["type"]}\ndata: {json.dumps(e)}\n\n'.encode()
 
@@ -156,40 +202,54 @@ def _error(status, message): # The provider's form of an error
     return dict(type='error', error=dict(type=kinds.get(status, 'api') + '_error', message=message))
 
 def _wire(msg, stream, fault, **headers): # Bytes to send, and whether the connection stays open
-    kind, n = (fault.kind, 4 if fault.n is None else int(fault.n)) if fault else (None, 0)
-    if not stream:
-        data = json.dumps(msg).encode()
-        if kind in ('garbage', 'short'): data = data[:len(data) // 2]
-        return _http(200, data[:len(data) // 2] if kind == 'cut' else data, len(data), **headers), kind != 'cut'
+    kind = None if fault is None else fault.kind
+    if stream: return _stream_wire(msg, kind, fault, headers), kind != 'cut'
+    data = json.dumps(msg).encode()
+    if kind in ('garbage', 'short'): data = data[:len(data) // 2]
+    sent = data[:len(data) // 2] if kind == 'cut' else data
+    return _http(200, sent, len(data), **headers), kind != 'cut'
+
+def _stream_wire(msg, kind, fault, headers): # The same for a stream
     parts = [_sse(e) for e in _events(msg)]
-    if kind in ('cut', 'short', 'garbage', 'error'): parts = parts[:min(n, len(parts) - 2)]
+    if kind in ('cut', 'short', 'garbage', 'error'):
+        n = 4 if fault.n is None else int(fault.n)
+        parts = parts[:min(n, len(parts) - 2)]
     if kind == 'garbage': parts.append(b'event: content_block_delta\ndata: {"type": "content_bl\n\n')
     if kind == 'error': parts.append(_sse(_error(529, 'Overloaded')))
-    data = b''.join(b'%x\r\n%b\r\n' % (len(o), o) for o in parts) + (b'' if kind == 'cut' else b'0\r\n\r\n')
-    return _http(200, data, content_type='text/event-stream', **headers), kind != 'cut'
+    data = b''.join(b'%x\r\n%b\r\n' % (len(o), o) for o in parts)
+    if kind != 'cut': data += b'0\r\n\r\n'
+    return _http(200, data, content_type='text/event-stream', **headers)
 
 # %% ../nbs/02b_testing.ipynb #40327ac6
 class _Connection(asyncio.Protocol):
     "One client; `answer(route, headers, body)` gives the bytes to send and whether the connection stays open."
-    def __init__(self, answer, all): self.answer, self.all, self.buf, self.head, self.task = answer, all, bytearray(), None, None
+    def __init__(self, answer, all):
+        self.answer, self.all, self.buf = answer, all, bytearray()
+        self.head = self.task = None # The request whose body has not come; the one that is answered
     def connection_made(self, transport):
-        self.transport = transport; self.all.add(self)
+        self.transport = transport
+        self.all.add(self)
         transport.get_extra_info('socket').setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     def connection_lost(self, exc):
         self.all.discard(self)
         if self.task: self.task.cancel()
     def data_received(self, data): self.buf += data; self._next()
     def _next(self): # One request at a time; the next may be here already
-        if self.head is None and (i := self.buf.find(b'\r\n\r\n')) >= 0:
-            first, *rest = self.buf[:i].decode('latin-1').split('\r\n')
-            headers = {k.strip().lower(): v.strip() for k,_,v in (o.partition(':') for o in rest)}
-            n = headers.get('content-length', '')
-            self.head, self.need = (first.split(' HTTP/')[0].split('?')[0], headers), int(n) if n.isdigit() else 0
-            del self.buf[:i + 4]
+        if self.head is None: self._take_head()
         if self.task or self.head is None or len(self.buf) < self.need: return
-        (route, headers), body, self.head = self.head, bytes(self.buf[:self.need]), None
+        route, headers = self.head
+        body, self.head = bytes(self.buf[:self.need]), None
         del self.buf[:self.need]
         self.task = asyncio.ensure_future(self._respond(route, headers, body))
+    def _take_head(self): # The head of a request, if it has come
+        i = self.buf.find(b'\r\n\r\n')
+        if i < 0: return
+        first, *rest = self.buf[:i].decode('latin-1').split('\r\n')
+        pairs = [o.partition(':') for o in rest]
+        headers = {k.strip().lower(): v.strip() for k, _, v in pairs}
+        n = headers.get('content-length', '')
+        self.head, self.need = (first.split(' HTTP/')[0].split('?')[0], headers), int(n) if n.isdigit() else 0
+        del self.buf[:i + 4]
     async def _respond(self, route, headers, body):
         data, stays = await self.answer(route, headers, body)
         self.transport.write(data)
@@ -201,9 +261,11 @@ class _Connection(asyncio.Protocol):
 class _Loopback:
     "An HTTP server on 127.0.0.1, at a free port and on a thread of its own, from its making to `close`."
     def __init__(self):
-        self._sock, self._loop, self._stop, self._open = socket.create_server(('127.0.0.1', 0)), asyncio.new_event_loop(), asyncio.Event(), set()
+        self._sock, self._open = socket.create_server(('127.0.0.1', 0)), set()
+        self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
         self.url = f'http://127.0.0.1:{self._sock.getsockname()[1]}' # What to give to a client as `base_url`
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._main(),), daemon=True, name=type(self).__name__)
+        run = self._loop.run_until_complete
+        self._thread = threading.Thread(target=run, args=(self._main(),), daemon=True, name=type(self).__name__)
         self._thread.start()
     async def _main(self):
         server = await self._loop.create_server(lambda: _Connection(self._answer, self._open), sock=self._sock, backlog=1024)
@@ -227,9 +289,9 @@ class _Meter:
     def __init__(self, min_cache): self.cache, self._totals = PromptCache(min_cache), {}
     def _bill(self, msg, keys):
         self.cache.kept.update(keys)
-        u, so_far = msg['usage'], self._totals.get(msg['model'], ModelUsageSummary())
-        self._totals[msg['model']] = so_far + ModelUsageSummary(1, u['input_tokens'], u['output_tokens'], None,
-            u['cache_read_input_tokens'], u['cache_creation_input_tokens'])
+        u, model = msg['usage'], msg['model']
+        new = ModelUsageSummary(1, u['input_tokens'], u['output_tokens'], None, u['cache_read_input_tokens'], u['cache_creation_input_tokens'])
+        self._totals[model] = self._totals.get(model, ModelUsageSummary()) + new
     @property
     def usage(self)->UsageSummary: # By model; costs are None, since no prices are known here
         "What was billed so far: calls and tokens."
@@ -281,8 +343,9 @@ def _spoil(reply, fault): # What is left of a reply whose content goes wrong
     if not fault or fault.kind not in ('empty', 'max_tokens'): return reply
     if fault.kind == 'empty': return dict(content=[])
     r = dict(text=reply) if isinstance(reply, str) else reply
-    text, n = r.get('text', ''), fault.n
-    return r | dict(text=text[:len(text) // 2 if n is None else int(n) * 4], stop_reason='max_tokens')
+    text = r.get('text', '')
+    most = len(text) // 2 if fault.n is None else int(fault.n) * 4
+    return r | dict(text=text[:most], stop_reason='max_tokens')
 
 # %% ../nbs/02b_testing.ipynb #b021fdb0
 class MessagesServer(_Meter, _Loopback):
@@ -298,17 +361,20 @@ class MessagesServer(_Meter, _Loopback):
         min_cache:int=1024, # Tokens of the shortest prefix that the cache keeps
         keep:int|None=None, # How many `requests` to keep, the newest; all if None
     ):
-        self._script, self._fault, self._arrived, self.delay, self.api_key = _Script(reply), _faults(faults), 0, delay, api_key
-        self.models, self.reject_temperature, self.keep = None if models is None else set(models), reject_temperature, keep
+        self._script, self._fault, self._arrived = _Script(reply), _faults(faults), 0
+        self.delay, self.api_key, self.keep = delay, api_key, keep
+        self.models, self.reject_temperature = None if models is None else set(models), reject_temperature
         self.requests = [] # For each that arrived a dict of `body`, `headers`, `time`, `status`, `fault` (its kind), `usage` (what was billed)
-        _Meter.__init__(self, min_cache); _Loopback.__init__(self)
+        _Meter.__init__(self, min_cache)
+        _Loopback.__init__(self)
     async def _answer(self, route, headers, raw):
         try: body = json.loads(raw)
         except ValueError: body = None
         bearer = headers.pop('authorization', '').removeprefix('Bearer ')
         key = headers.pop('x-api-key', bearer)   # a key is never kept; anthropic 2 sends it as a bearer
         rec = dict(body=body, headers=headers, time=time.time(), status=None, fault=None, usage=None)
-        number, self._arrived = self._arrived, self._arrived + 1
+        number = self._arrived
+        self._arrived += 1
         self.requests.append(rec)
         if self.keep is not None: del self.requests[:max(0, len(self.requests) - self.keep)]
         try: return await self._serve(route, key, rec, number)
@@ -321,15 +387,22 @@ class MessagesServer(_Meter, _Loopback):
         if self.api_key is not None and key != self.api_key: raise _Refused(401, 'invalid x-api-key')
         if bad := check_request(body, self.reject_temperature): raise _Refused(400, bad)
         if self.models is not None and body['model'] not in self.models: raise _Refused(404, f'model: {body["model"]}')
+    def _refuse(self, fault, body): # Faults that are a status
+        if fault is None: return
+        if fault.kind.isdigit(): status = int(fault.kind)
+        elif fault.kind == 'error' and not body.get('stream'): status = 529
+        else: return
+        headers = {} if fault.n is None else dict(retry_after=fault.n)
+        raise _Refused(status, f'a fault of kind {fault.kind}', **headers)
     async def _serve(self, route, key, rec, number):
         body, fault = rec['body'], self._fault(number, rec['body'])
         self._check(route, key, body)
         kind = rec['fault'] = fault.kind if fault else None
         usage, keys = self.cache.look(body)
-        await asyncio.sleep(self.delay + (0 if kind != 'stall' else 3600 if fault.n is None else fault.n))
+        await asyncio.sleep(self.delay)
+        if kind == 'stall': await asyncio.sleep(3600 if fault.n is None else fault.n)
         if kind == 'drop': return b'', False
-        status = 529 if kind == 'error' and not body.get('stream') else int(kind) if kind and kind.isdigit() else None
-        if status: raise _Refused(status, f'a fault of kind {kind}', **({} if fault.n is None else dict(retry_after=fault.n)))
+        self._refuse(fault, body)
         reply = await self._script.take(body, whole=kind in (None, 'stall'))
         if isinstance(reply, RawResponse):
             rec['status'] = reply.status
