@@ -482,7 +482,7 @@ def _show_shell(ns, mine): # After it. What the block has bound under these name
 
 # %% ../nbs/01_repl.ipynb #9ce0c348
 from types import GeneratorType
-from ._rlmpaper_compat import _columns, describe_value
+from .describe import column_names, describe_value
 _kinds = {id(t): kind for kind, ts in dict(value=(bool, float), sized=(bytes, bytearray, list, tuple, dict, set, frozenset, deque),
     function=(FunctionType, BuiltinFunctionType)).items() for t in ts} # By id: `in` would call a metaclass's `__eq__`
 
@@ -491,7 +491,7 @@ def _after(words): return f', {head_tail(words, 300)}' if words else ''
 def _table(o): # Shape, and the types of what is in it
     text = f', shape {tuple(o.shape)}'
     try:
-        if hasattr(o, 'columns'): return text + _after(_columns(zip(list(o.columns[:20]), list(o.dtypes[:20])), len(o.columns), ' '))
+        if hasattr(o, 'columns'): return text + _after(column_names(zip(list(o.columns[:20]), list(o.dtypes[:20])), len(o.columns), ' '))
         return f'{text}, {head_tail(str(o.dtype), 100)}' if hasattr(o, 'dtype') else text
     except Exception: return text # A subclass may do anything
 

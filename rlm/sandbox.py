@@ -69,7 +69,8 @@ class ProcessLink:
         return 'and had to be killed' if how is None else f'with {_how(how)}{said}'
 
 # %% ../nbs/08_sandbox.ipynb #15385384
-_files = ('__init__.py', '_worker.py', 'repl.py', 'blockmain.py', 'output.py', 'answers.py', 'parsing.py', '_rlmpaper_compat.py') # Of this package; all that a worker needs
+_files = ('__init__.py', '_worker.py', 'repl.py', 'blockmain.py', 'answers.py', 'fences.py', 'reader.py', 'parsing.py', 'describe.py', 'records.py',
+    '_rlmpaper_compat.py', 'terminal.py', 'pipes.py', 'output.py') # Of this package; all that a worker needs
 _home = os.path.dirname(os.path.abspath(repl.__file__))
 
 def _python(venv): # The interpreter: of a venv, or the one that this one is made from
