@@ -11,15 +11,13 @@ import functools, json, sys
 from collections import deque
 from collections.abc import Iterable, MutableMapping
 from types import BuiltinFunctionType, FunctionType, GeneratorType, ModuleType
-from ._rlmpaper_compat import QueryMetadata, _columns, describe_value, head_tail, type_module, type_name
+from .describe import column_names, describe_value
+from ._rlmpaper_compat import QueryMetadata, head_tail, type_module, type_name
 from .answers import FinalAnswer, can_look_up, look_up, never_answer
 from .interrupt import BlockTimeout
 from .host import shell_names
 
 # %% ../nbs/16_namespace.ipynb #4996432c
-from types import GeneratorType
-from ._rlmpaper_compat import _columns, describe_value
-
 _kinds = {id(t): kind for kind, ts in dict(value=(bool, float), sized=(bytes, bytearray, list, tuple, dict, set, frozenset, deque),
     function=(FunctionType, BuiltinFunctionType)).items() for t in ts} # By id: `in` would call a metaclass's `__eq__`
 
@@ -28,7 +26,7 @@ def _after_words(words): return f', {head_tail(words, 300)}' if words else ''
 def _table(o): # Shape, and the types of what is in it
     text = f', shape {tuple(o.shape)}'
     try:
-        if hasattr(o, 'columns'): return text + _after_words(_columns(zip(list(o.columns[:20]), list(o.dtypes[:20])), len(o.columns), ' '))
+        if hasattr(o, 'columns'): return text + _after_words(column_names(zip(list(o.columns[:20]), list(o.dtypes[:20])), len(o.columns), ' '))
         return f'{text}, {head_tail(str(o.dtype), 100)}' if hasattr(o, 'dtype') else text
     except Exception: return text # A subclass may do anything
 

@@ -70,7 +70,7 @@ class ProcessLink:
 
 # %% ../nbs/08_sandbox.ipynb #15385384
 _files = ('__init__.py', '_worker.py', 'repl.py', *(f'{o}.py' for o in ('interrupt', 'streams', 'sources', 'children', 'showing', 'host', 'namespace', 'aftermath', 'stopping', 'loops')),
-    'blockmain.py', 'output.py', 'answers.py', 'parsing.py', '_rlmpaper_compat.py') # Of this package; all that a worker needs
+    'blockmain.py', 'answers.py', 'fences.py', 'reader.py', 'parsing.py', 'describe.py', 'records.py', '_rlmpaper_compat.py', 'terminal.py', 'pipes.py', 'output.py') # Of this package; all that a worker needs
 _home = os.path.dirname(os.path.abspath(repl.__file__))
 
 def _python(venv): # The interpreter: of a venv, or the one that this one is made from
