@@ -1,6 +1,6 @@
 """The one REPL server of all namespaces that run their code elsewhere, and the frames in which both sides talk.
 
-Written by hand, with the standard library alone: this file and the modules that `sandbox._files` names are all that has to lie inside. Blocks run on the main
+Written by hand, with the standard library alone: this file and the modules that `sandbox.worker_files` names are all that has to lie inside. Blocks run on the main
 thread, so that signals end what they wait for; a reader thread takes requests for data and replies to calls meanwhile. After each block the worker looks at
 itself (`Condition`): what cannot be put right is told to the host, which starts another session."""
 import _frozen_importlib, builtins, codecs, contextvars, ctypes, encodings, errno, gc, itertools, json, operator, os, re, select, signal, struct, sys, threading, time, types
@@ -603,7 +603,7 @@ class Worker:
 
 _keyctl = dict(x86_64=250, aarch64=219, riscv64=219, loongarch64=219, i686=288, armv7l=311, ppc64le=271, s390x=280) # Number of that system call
 
-_calls = dict(x86_64=(0xC000003E, (41, 53), (248, 249, 250, 298, 321, 323, 425)), # As audit names the machine; the calls that make sockets; add_key,
+filtered_calls = dict(x86_64=(0xC000003E, (41, 53), (248, 249, 250, 298, 321, 323, 425)), # As audit names the machine; the calls that make sockets; add_key,
     aarch64=(0xC00000B7, (198, 199), (217, 218, 219, 241, 280, 282, 425))) # request_key, keyctl, perf_event_open, bpf, userfaultfd and io_uring_setup
 
 def call_filter(arch, sockets, refused):
@@ -619,7 +619,7 @@ def call_filter(arch, sockets, refused):
 
 def refuse_calls():
     "Take from this process, for good, the system calls that reach past namespaces."
-    data = call_filter(*_calls[os.uname().machine])
+    data = call_filter(*filtered_calls[os.uname().machine])
     code = ctypes.create_string_buffer(data, len(data))
     if ctypes.CDLL(None).prctl(22, 2, struct.pack('HP', len(data) // 8, ctypes.addressof(code)), 0, 0): raise OSError('the kernel takes no filter of system calls')
 

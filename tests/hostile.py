@@ -1,6 +1,6 @@
 """The one list of hostile programs, and the table of what they do to each kind of namespace.
 
-`python tests/hostile.py` runs all of them on every kind that is here, and prints the table that stands in nbs/08_sandbox.ipynb."""
+`python tests/hostile.py` runs all of them on every kind that is here, and prints the table that stands in nbs/62_sandbox.ipynb."""
 import ctypes, os, resource, secrets, socket, subprocess, sys, tempfile, textwrap, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from common import posix
 from hostile import CLAIMS, Host, PROGRAMS, attack, cell, new_ns, rows
 
 pytestmark = posix
-CELLS = [''.join(c['source']) for c in json.loads((Path(__file__).parent.parent/'nbs'/'08_sandbox.ipynb').read_text())['cells']]
+CELLS = [''.join(c['source']) for c in json.loads((Path(__file__).parent.parent/'nbs'/'62_sandbox.ipynb').read_text())['cells']]
 SHOWN = rows(next(o for o in CELLS if o.startswith('| program')))
 
 @pytest.mark.parametrize('kind', CLAIMS)

@@ -5,7 +5,7 @@ from hypothesis import given, strategies as st
 from common import HANG, block, environment, forks, given_time, in_child, posix, script, tree, until
 from kinds import new_ns
 from rlm import ANSWER, PAPER, ScriptLM, exec_code, rlm_run
-from rlm._worker import FrameError, TooLarge, Wire, _calls, decode, encode, parse, plain
+from rlm._worker import FrameError, TooLarge, Wire, filtered_calls, decode, encode, parse, plain
 from rlm.lm import RLMError
 from rlm.remote import NamespaceClosed
 from rlm.repl import BlockTimeout, CodeThread
@@ -485,7 +485,7 @@ def test_two_blocks_at_once_are_refused(ns):
 # Calls that go past namespaces
 
 @bwrap
-@pytest.mark.skipif(os.uname().machine not in _calls, reason='the filter does not know this processor')
+@pytest.mark.skipif(os.uname().machine not in filtered_calls, reason='the filter does not know this processor')
 def test_refused_calls():
     look = '''
         import ctypes, socket, subprocess
@@ -498,7 +498,7 @@ def test_refused_calls():
         print([socket.socket(o).close() for o in (1, 2, 10)], len(socket.socketpair()), socket.if_nameindex()[0][1])
         print(subprocess.run(['python3', '-c', 'import socket; socket.socket(40)'], capture_output=True, text=True).stderr[-41:])'''
     with Sandbox() as ns:
-        _, ns['sockets'], ns['refused'] = [list(o) if isinstance(o, tuple) else o for o in _calls[os.uname().machine]]
+        _, ns['sockets'], ns['refused'] = [list(o) if isinstance(o, tuple) else o for o in filtered_calls[os.uname().machine]]
         assert out(textwrap.dedent(look), ns) == '''True 1
 [97, 97, 97, 97, 97, 97] 97
 [None, None, None] 2 lo

@@ -184,8 +184,8 @@ def test_what_was_printed_before_a_kill_is_kept(ns, end):
 
 def test_the_files_of_a_worker_are_all_that_they_import():
     home = Path(rlm.__file__).parent
-    for name in sandbox._files:
+    for name in sandbox.worker_files:
         if name == '__init__.py': continue
         found = re.findall(r'^from \.(\w*) import (.*)', (home/name).read_text(), re.M)
         needed = {m for m, _ in found if m} | {o.strip() for m, names in found if not m for o in names.split(',')}
-        assert {f'{o}.py' for o in needed} <= set(sandbox._files), name
+        assert {f'{o}.py' for o in needed} <= set(sandbox.worker_files), name
