@@ -6,11 +6,12 @@
 __all__ = ['CancelScope', 'run_sync', 'on_loop', 'in_thread', 'after_fork', 'loop_number']
 
 # %% ../nbs/20_aio.ipynb #6e97620c
-import asyncio, contextvars, inspect, os, threading
+import contextvars, inspect, os, threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import SimpleQueue
+from .lazy import asyncio
 from .repl import interruptible, outside_block, restore_builtins, shielded
 
 # %% ../nbs/20_aio.ipynb #e529089b

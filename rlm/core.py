@@ -9,7 +9,7 @@ __all__ = ['RunConfig', 'make_config', 'RLMResult', 'Event', 'SubcallError', 'wa
            'save_ns', 'load_ns', 'exec_code', 'Limits', 'LimitExceeded', 'LMError', 'RLMError']
 
 # %% ../nbs/47_core.ipynb #34a26dad
-import ast, asyncio, copyreg, difflib, functools, hashlib, importlib, inspect, io, json, keyword, linecache, os, pickle, sys, threading, time, warnings
+import ast, copyreg, difflib, functools, hashlib, importlib, inspect, io, json, keyword, linecache, os, pickle, sys, threading, time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from concurrent.futures import CancelledError, wait
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import CellType, CodeType, FunctionType, ModuleType
+from .lazy import asyncio
 from .answers import check_answer
 from .parsing import set_reasoning_aside
 from ._rlmpaper_compat import (FinalAnswer, PAPER, Protocol, REPLResult, RLMChatCompletion, SCAFFOLD, UsageSummary, build_rlm_system_prompt, head_tail, parse_code, preview)

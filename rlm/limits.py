@@ -6,8 +6,9 @@
 __all__ = ['Limits', 'make_limits', 'LimitExceeded', 'Clock', 'Ledger', 'check_price', 'metered']
 
 # %% ../nbs/40_limits.ipynb #6bbddc20
-import asyncio, threading, time
+import threading, time
 from dataclasses import dataclass, fields
+from .lazy import asyncio
 from ._rlmpaper_compat import UsageSummary
 from .lm import LM, LMError, Reply, RLMError, Usage
 

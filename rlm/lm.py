@@ -7,10 +7,11 @@ __all__ = ['Usage', 'CUT', 'PROVIDERS', 'Reply', 'priced', 'check_model_name', '
            'default_model', 'get_lm']
 
 # %% ../nbs/21_lm.ipynb #c933aec0
-import asyncio, inspect, os, threading
+import inspect, os, threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
+from .lazy import asyncio
 from ._rlmpaper_compat import ModelUsageSummary
 from .repl import describe_error
 from .errors import LMAuthError, LMConnectionError, LMError, LMModelError, LMRefused, RLMError, pickles

@@ -6,7 +6,7 @@
 __all__ = ['take_loop', 'with_loop', 'drive_coroutine', 'cancel_left', 'tame_nesting']
 
 # %% ../nbs/19_loops.ipynb #ff8fad0b
-import asyncio, contextvars, functools, os, sys, threading, weakref
+import contextvars, functools, os, sys, threading, weakref
 from .interrupt import BlockTimeout, interruptible, shielded, this_thread
 from .streams import current_block, outside_block
 from . import stopping
