@@ -26,7 +26,8 @@ def raise_in_thread(
 )->None:
     "Have an exception raised in a thread, at its next bytecode."
     _set_exc(ident, kind)
-    if sys.version_info >= (3, 12) or ident is not None and ident.value == threading.get_ident(): return
+    if sys.version_info >= (3, 12): return
+    if kind is not None and ident.value == threading.get_ident(): return # It takes the flag down itself
     try:
         _set_exc(ctypes.c_ulong(threading.get_ident()), _taken)
         for _ in (1, 2): pass
