@@ -66,7 +66,7 @@ _TYPES = dict( # Of the parts of a record, where they are there; what else is in
     result=dict(stdout=_text, stderr=_text, locals=_dict, rlm_calls=_list, llm_calls=_list, error=(str, _none), notes=(list,)),
     call=dict(root_model=_text, response=_text, usage_summary=_dict, metadata=_dict, error=(str, _none), started=(int, float, _none)),
     usage=dict(model_usage_summaries=(dict,)), child=dict(run_metadata=_dict, iterations=(list,)),
-    used=dict(total_cost=(int, float, _none)) | dict.fromkeys(('total_calls', 'total_input_tokens', 'total_output_tokens', 'total_cache_read_tokens', 'total_cache_write_tokens'), (int, float, _none)))
+    used=dict(total_calls=(int, float)) | dict.fromkeys(('total_cost', 'total_input_tokens', 'total_output_tokens', 'total_cache_read_tokens', 'total_cache_write_tokens'), (int, float, _none)))
 _INSIDE = dict(prompt='message', code_blocks='block', result='result', rlm_calls='call', llm_calls='call', usage='usage', usage_summary='usage',
     model_usage_summaries='used', metadata='child', run_metadata='metadata', iterations='turn') # What the parts consist of
 _NEEDS = dict(message=('role', 'content'), child=('iterations',)) # All else may be missing
