@@ -547,6 +547,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'rlm.loops._OwnLoop.get': ('loops.html#_ownloop.get', 'rlm/loops.py'),
                            'rlm.loops._close_loop': ('loops.html#_close_loop', 'rlm/loops.py'),
                            'rlm.loops._forget_loops': ('loops.html#_forget_loops', 'rlm/loops.py'),
+                           'rlm.loops._leave_to_parent': ('loops.html#_leave_to_parent', 'rlm/loops.py'),
                            'rlm.loops._patch_waiting': ('loops.html#_patch_waiting', 'rlm/loops.py'),
                            'rlm.loops._report': ('loops.html#_report', 'rlm/loops.py'),
                            'rlm.loops._stay_awake': ('loops.html#_stay_awake', 'rlm/loops.py'),

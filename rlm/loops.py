@@ -28,14 +28,18 @@ class _OwnLoop:
             return task
         with outside_block(): self.loop = asyncio.new_event_loop() # Its handles keep the context that it is made in
         self.loop.set_task_factory(make_task)
-        self.end = weakref.finalize(self, _close_loop, self.loop)
+        self.end = weakref.finalize(self, _close_loop, self.loop, os.getpid())
         self.loop.set_exception_handler(_report)
         return self.loop
 
 _own_loops = weakref.WeakSet()
 
-def _close_loop(loop): # With its owner, or with the process
-    if not loop.is_running(): loop.close()
+def _close_loop(loop, pid, _getpid=os.getpid): # With its owner, or with the process
+    if _getpid() != pid: _leave_to_parent(loop) # A fork ends the other threads, and what was theirs, before anything else
+    elif not loop.is_running(): loop.close()
+
+def _leave_to_parent(loop): # To close it would take away what the parent's loop waits on: both processes share that
+    loop._closed = True
 
 def _report(loop, context): # An interrupt that asyncio caught is no news: it is raised again
     if not isinstance(context.get('exception'), BlockTimeout): loop.default_exception_handler(context)
@@ -44,13 +48,14 @@ class _Loops(threading.local): # Of one thread: those at rest, and the one that 
     def __init__(self): self.free, self.now = [], None
 
 # %% ../nbs/19_loops.ipynb #5f9985ae
-_loops, _loops_of_parents = _Loops(), []
+_loops = _Loops()
 
-def _forget_loops(): # A forked child must not close its parent's loops: they share what they wait on
+def _forget_loops(): # In a forked child
     global _loops
-    _loops_of_parents.extend(_own_loops)
-    for own in _own_loops:
-        if own.loop is not None: own.end.atexit = False
+    for own in list(_own_loops):
+        if own.loop is None: continue
+        own.end.detach()
+        _leave_to_parent(own.loop)
     _own_loops.clear()
     _loops = _Loops()
 

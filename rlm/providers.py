@@ -48,7 +48,8 @@ def price_of(
 
 # %% ../nbs/23_providers.ipynb #20cf9636
 def _settings(): # What the SDK and its transport read from the environment
-    return tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith('ANTHROPIC_') or k.lower().endswith('_proxy')))
+    names = [k for k in os.environ if k.startswith('ANTHROPIC_') or k.lower().endswith('_proxy')]
+    return tuple((k, os.environ.get(k)) for k in sorted(names)) # Another thread may take one away meanwhile
 
 @functools.lru_cache(maxsize=16)
 def _pool(base_url, api_key, timeout, loop, settings): # One pool of connections

@@ -1,8 +1,8 @@
 """Code in this process: languages, await and asyncio, context variables, classes that other processes know, and sources that stay."""
-import asyncio, contextvars
+import asyncio, contextvars, os
 import pytest
-from common import block
-from rlm import Limits, ScriptLM, arlm_run, exec_code, repl, rlm_iter, rlm_run, sources
+from common import block, forks, in_child
+from rlm import Limits, ScriptLM, arlm_run, exec_code, loops, repl, rlm_iter, rlm_run, sources
 
 HANG = 180 # Seconds after which something hangs
 
@@ -67,6 +67,22 @@ def in_loop(f):
         return res
     return asyncio.run(inside())
 def in_code_thread(f, thread=None): return f(thread=repl.CodeThread())
+
+@forks
+def test_a_fork_leaves_the_loops_of_other_threads_alone():
+    "A thread forks while the loop of another one is at rest; what wakes that loop still does."
+    ns = {}
+    code = 'import asyncio\nasync def f():\n    await asyncio.to_thread(print, "there")\nawait asyncio.wait_for(f(), None)'
+    def many(): return [exec_code(code, ns).stdout for _ in range(3)]
+    assert in_code_thread(lambda thread: exec_code(code, ns, thread=thread).stdout) == 'there\n'
+    assert many() == ['there\n'] * 3
+    assert in_worker(lambda: in_child(lambda: 'child')) == 'child'
+    waits_on = [o.loop for o in loops._own_loops if o.loop is not None and not o.loop.is_closed()]
+    assert waits_on and many() == ['there\n'] * 3
+    for loop in waits_on:
+        if loop.is_closed() or not hasattr(loop._selector, 'fileno') or not os.path.exists('/proc/self/fdinfo'): continue
+        lines = open(f'/proc/self/fdinfo/{loop._selector.fileno()}').read().splitlines()
+        assert str(loop._ssock.fileno()) in [o.split()[1] for o in lines if o.startswith('tfd:')]
 
 hosts = pytest.mark.parametrize('host', [in_main, in_worker, in_loop, in_code_thread])
 
