@@ -57,7 +57,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'rlm.aio._serve': ('aio.html#_serve', 'rlm/aio.py'),
                          'rlm.aio._serve_loop': ('aio.html#_serve_loop', 'rlm/aio.py'),
                          'rlm.aio._wait_for': ('aio.html#_wait_for', 'rlm/aio.py'),
-                         'rlm.aio.after_fork': ('aio.html#after_fork', 'rlm/aio.py'),
                          'rlm.aio.in_thread': ('aio.html#in_thread', 'rlm/aio.py'),
                          'rlm.aio.loop_number': ('aio.html#loop_number', 'rlm/aio.py'),
                          'rlm.aio.on_loop': ('aio.html#on_loop', 'rlm/aio.py'),

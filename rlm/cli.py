@@ -85,8 +85,7 @@ def tell(
 def _usage_lines(res): # What each model used
     for name, u in res.usage.model_usage_summaries.items():
         cost = 'price unknown' if u.total_cost is None else f'${u.total_cost:.4f}'
-        counts = dict(zip(('in', 'out', 'from cache', 'to cache'),
-            (u.total_input_tokens, u.total_output_tokens, u.total_cache_read_tokens, u.total_cache_write_tokens)))
+        counts = {'in': u.total_input_tokens, 'out': u.total_output_tokens, 'from cache': u.total_cache_read_tokens, 'to cache': u.total_cache_write_tokens}
         tokens = ', '.join(f'unknown {k}' if n is None else f'{n:,} {k}' for k, n in counts.items())
         yield f'    {name}: {u.total_calls} calls, {tokens}, {cost}'
 

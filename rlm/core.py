@@ -26,6 +26,7 @@ from .lm import LM, LMError, Reply, RLMError, get_lm, pickles
 from .aio import CancelScope, in_thread, on_loop, run_sync
 from .limits import Clock, Ledger, LimitExceeded, Limits, check_price, make_limits, metered
 from .loop import Exec, Trajectory, adrive, drive, rlm_steps
+from .aftermath import on_main_thread
 from .repl import (block_of, BlockTimeout, CodeThread, Scaffold, bind, bind_context, context_metadata, current_block, exec_code, interruptible, outside_block, rebind, scaffold_of,
     shielded, summarize, unbind, unnumbered, visible)
 
@@ -205,7 +206,7 @@ class Run:
         self.ledger = Ledger(self.limits, parent and parent.ledger)
         self.clock = Clock('per_child_timeout', self.limits.per_child_timeout, parent.clock) if parent else Clock(seconds=self.limits.timeout)
         timed = self.clock.left() is not None or self.limits.block_timeout is not None
-        off_main = threading.current_thread() is not threading.main_thread()
+        off_main = not on_main_thread()
         self.thread = CodeThread() if own_thread or off_main and (timed or parent) else None
         self.t, self.t0, self.over, self.result, self.children = None, time.perf_counter(), False, None, []
         self.underway = CancelScope() # Calls and batches of children
@@ -224,7 +225,7 @@ class Run:
         with outside_block():
             try: f(*args)
             except BaseException as e:
-                if isinstance(e, KeyboardInterrupt) and threading.current_thread() is threading.main_thread(): raise # A real one
+                if isinstance(e, KeyboardInterrupt) and on_main_thread(): raise # A real one
                 if isinstance(e, RLMError) and name == 'log': raise
                 warn_safely(f'{name} raised {type(e).__name__}: {e}')
     def emit(self,
@@ -331,7 +332,7 @@ class Run:
 def _notes_on(calls): # What the model is told of the replies that its block got
     cut = sum(c.stop_reason is not None for c in calls)
     if cut: yield f'Of the replies to your sub-calls {cut} reached the greatest length and end in the middle. Ask for less at a time.'
-    silent = sum(c.error is None and isinstance(c.response, str) and not set_reasoning_aside(c.response).strip() for c in calls)
+    silent = sum(c.silent for c in calls)
     if silent: yield f'Of the replies to your sub-calls {silent} had no text: the str is empty.'
 
 def check_prompts(
@@ -354,6 +355,7 @@ def _reply_text(run, call, answer_all): # What the code gets of a reply: without
     text, n = call.response, run.limits.result_truncation_limit
     if isinstance(text, SubcallError): return text
     if answer_all is _ask_all: text = set_reasoning_aside(text)
+    call.silent = not text.strip()
     return text if n is None else head_tail(text, n)
 
 def _subcalls(run, prompts, model, answer_all): # The replies to `prompts`

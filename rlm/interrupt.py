@@ -30,7 +30,7 @@ def raise_in_thread(
     if kind is not None and ident.value == threading.get_ident(): return # It takes the flag down itself
     try:
         _set_exc(ctypes.c_ulong(threading.get_ident()), _taken)
-        for _ in (1, 2): pass
+        for _ in (1, 2): pass # It has come by now
     except _Taken: pass
 
 
@@ -52,7 +52,7 @@ class Gate:
         finally: # Python looks for an interrupt only after calls and in loops, so none comes between the next two lines
             self.open = was
             if self.sent: self._recall()
-    def _recall(self): # One that is on its way. Only then: on Python 3.11 a call for nothing makes a thread with a tracer hang
+    def _recall(self): # One that is on its way
         with self.lock:
             raise_in_thread(self.ident, None)
             self.sent = False

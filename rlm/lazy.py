@@ -14,8 +14,8 @@ class LazyModule:
     def __init__(self,
         name:str, # As in `import name`
     ): self.module_name, self.module = name, None
-    def __getattr__(self, name):
+    def __getattr__(self, name, _get=getattr): # A block may take the builtins away meanwhile
         if self.module is None: self.module = import_module(self.module_name)
-        return getattr(self.module, name)
+        return _get(self.module, name)
 
 asyncio = LazyModule('asyncio')

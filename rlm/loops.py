@@ -7,7 +7,7 @@ __all__ = ['take_loop', 'with_loop', 'drive_coroutine', 'cancel_left', 'tame_nes
 
 # %% ../nbs/19_loops.ipynb #ff8fad0b
 import contextvars, functools, os, sys, threading, weakref
-from .interrupt import BlockTimeout, interruptible, shielded
+from .interrupt import BlockTimeout, interruptible, shielded, this_thread
 from .streams import current_block, outside_block
 from . import stopping
 
@@ -67,7 +67,7 @@ def take_loop(): # What `with_loop` takes
     return _loops.free.pop() if _loops.free else _OwnLoop()
 
 # %% ../nbs/19_loops.ipynb #217b298f
-def _stay_awake(loop): # What is raised in a thread arrives only when it wakes, and a forked child may take what would wake it
+def _stay_awake(loop): # While it runs on a CodeThread: what is raised there arrives only when it wakes
     def tick():
         if loop.is_running() and not loop.is_closed(): loop.rlm_tick = loop.call_later(.05, tick)
     before = getattr(loop, 'rlm_tick', None)
@@ -78,7 +78,7 @@ def _patch_waiting(asyncio): # Loops that a block makes itself, too
     wait_on = asyncio.BaseEventLoop.run_forever
     @functools.wraps(wait_on)
     def run_forever(self):
-        if current_block.get() is not None: _stay_awake(self)
+        if current_block.get() is not None and this_thread.gate.ident: _stay_awake(self)
         return wait_on(self)
     run_forever.rlm = True
     asyncio.BaseEventLoop.run_forever = run_forever

@@ -11,7 +11,7 @@ import asyncio, copy, functools, importlib.util, json, os, random, re
 from html.parser import HTMLParser
 from urllib.parse import urlsplit
 from .errors import LMAuthError, LMConnectionError, LMError, LMModelError
-from .aio import after_fork, in_thread, loop_number
+from .aio import in_thread, loop_number
 from .lm import LM, Reply, Usage, default_model, get_lm, priced
 
 # %% ../nbs/23_providers.ipynb #b115411e
@@ -22,8 +22,9 @@ def claudette_client()->type:
     class Client(AsyncClient):
         def _precall(self, *args, **kwargs):
             msgs, kw = super()._precall(*args, **kwargs)
-            unset = [k for k, missing in (('temperature', None), ('system', '')) if kw.get(k) in (missing, None, [])]
-            return msgs, {k: v for k, v in kw.items() if k not in unset}
+            if kw.get('temperature') is None: kw.pop('temperature', None)
+            if not kw.get('system'): kw.pop('system', None)
+            return msgs, kw
         def _r(self, r, prefill=''):
             self.result = r
             return r
@@ -55,7 +56,7 @@ def _settings(): # What the SDK and its transport read from the environment
 def _pool(base_url, api_key, timeout, loop, settings): # One pool of connections
     from anthropic import AsyncAnthropic
     return AsyncAnthropic(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0)
-after_fork(_pool.cache_clear)
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_pool.cache_clear)
 
 def has_key()->bool:
     "Is there a key for Claude in the environment?"
@@ -90,8 +91,7 @@ class BrokenReply(Exception):
     "What a server sent is no message. `again`: may it be one if the same is asked again?"
     def __init__(self, why, again=True): super().__init__(why); self.again = again
 
-_fence_ends = re.compile(r'(?:^|\n)[ \t]*(?:```|~~~)[^\n]*\Z')
-_fence_begins = re.compile(r'[ \t]*(?:```|~~~)')
+_fence = re.compile(r'[ \t]*(?:```|~~~)')
 
 def join_texts(
     texts:list, # Texts in the order of their blocks; None stands for a block of another kind
@@ -102,7 +102,8 @@ def join_texts(
         if o is None:
             apart = True
             continue
-        if len(res) and not res.endswith('\n') and (apart or _fence_ends.search(res) or _fence_begins.match(o)): res += '\n'
+        last_line = res.rpartition('\n')[2]
+        if len(last_line) and (apart or _fence.match(last_line) or _fence.match(o)): res += '\n'
         res, apart = res + o, False
     return res
 

@@ -98,6 +98,7 @@ class RLMChatCompletion(Record):
     error: str|None = None # `Type: message` where the call failed
     stop_reason: str|None = None # `max_tokens` or another reason where the reply was cut
     started: float|None = field(default=None, compare=False) # When, in seconds since 1970
+    silent = False # Had the reply no text? Of this process alone
     def to_dict(self):
         d = dict(root_model=self.root_model, prompt=jsonable(self.prompt), response=self.response,
             usage_summary=self.usage_summary.to_dict(), execution_time=self.execution_time)

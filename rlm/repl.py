@@ -6,31 +6,23 @@
 __all__ = ['languages', 'standard_languages', 'find_language', 'exec_code']
 
 # %% ../nbs/19a_repl.ipynb #8a757afd
-import ast, builtins, inspect, os, signal, subprocess, sys, threading, time
+import ast, builtins, inspect, os, signal, subprocess, sys, time
 from collections.abc import MutableMapping
-from ._rlmpaper_compat import REPLResult, type_name
+from . import stopping
+from ._rlmpaper_compat import QueryMetadata, REPLResult, type_name
 from .answers import parse_code
 from .output import ChildPipes, is_rich
-from .interrupt import interruptible, shielded
-from .streams import Block, STREAMS, current_block, flush_wrappers
-from .sources import describe_error, note_classes, note_code, remember_source
+from .interrupt import BlockTimeout, Gate, interruptible, shielded
+from .streams import Block, CappedText, STREAMS, current_block, flush_wrappers, outside_block
+from .sources import block_of, describe_error, note_classes, note_code, remember_source, unnumbered
 from .children import await_process
-from .showing import show_figures, show_object
+from .showing import display, show_figures, show_object
 from .host import hide_shell, install_input, install_streams, shell_names, show_shell
-from .namespace import begin, scaffold_of, settle, summarize_ns
-from .aftermath import keep_thread, shared_state
+from .namespace import (Answer, Scaffold, begin, bind, bind_context, context_metadata, here_or_there, is_said,
+    is_true, rebind, scaffold_of, settle, show_vars, summarize, summarize_ns, unbind, visible)
+from .aftermath import keep_thread, on_main_thread, restore_builtins, shared_state
 from .stopping import CodeThread, run_on_main, run_on_thread
 from .loops import cancel_left, drive_coroutine, take_loop, tame_nesting, with_loop
-from . import stopping
-from ._rlmpaper_compat import QueryMetadata
-from .interrupt import BlockTimeout, Gate, interruptible, shielded
-from .streams import Block, CappedText, current_block, outside_block
-from .sources import block_of, describe_error, unnumbered
-from .showing import display, show_figures
-from .host import shell_names
-from .namespace import Answer, Scaffold, begin, bind, bind_context, context_metadata, here_or_there, is_said, is_true, rebind, scaffold_of, settle, show_vars, summarize, summarize_ns, unbind, visible
-from .aftermath import restore_builtins
-from .stopping import CodeThread
 
 # %% ../nbs/19a_repl.ipynb #a7949883
 def _show(value, cap): # The repr of a last expression
@@ -116,7 +108,7 @@ _hears = hasattr(signal, 'setitimer') # Do signals reach the main thread?
 
 def _before_fork():
     global _forks_off_main
-    _forks_off_main = threading.current_thread() is not threading.main_thread()
+    _forks_off_main = not on_main_thread()
 
 def _after_fork(): # From Python 3.13 on a signal never arrives in a child that another thread than the main one forked
     global _hears
@@ -130,7 +122,7 @@ def _guarded(job, block, timeout, thread): # Run foreign code; returns (exceptio
         try: interruptible(job)
         finally: current_block.reset(token)
     if thread: return shielded(run_on_thread, block, in_block, timeout, thread), False
-    if threading.current_thread() is threading.main_thread() and _hears: return run_on_main(in_block, timeout)
+    if on_main_thread() and _hears: return run_on_main(in_block, timeout)
     own = CodeThread() if timeout is not None else None
     try:
         if own: return shielded(run_on_thread, block, in_block, timeout, own), False

@@ -9,7 +9,7 @@ __all__ = ['REPLAction', 'CodeBlockResult', 'REPLObservation', 'REPLState', 'Ste
            'LocalChildRLMBackend', 'LocalRLMRunner']
 
 # %% ../nbs/75_runner.ipynb #fd4e4fbf
-import asyncio, threading, time, typing, uuid, warnings
+import asyncio, time, typing, uuid, warnings
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
@@ -17,6 +17,7 @@ from ._rlmpaper_compat import FinalAnswer, REPLResult, RLM_SYSTEM_PROMPT, parse_
 from .core import Run, RunConfig, SubcallError, check_prompts, finish
 from .limits import Ledger, LimitExceeded, Limits
 from .lm import FnLM, LM, LMError, RLMError, Reply, Usage, get_lm, in_thread
+from .aftermath import on_main_thread
 from .repl import BlockTimeout, Scaffold, bind, exec_code, is_said, outside_block, summarize, unbind
 
 # %% ../nbs/75_runner.ipynb #248837d3
@@ -426,7 +427,7 @@ class LocalChildRLMBackend(DirectLMBackend):
 class _Node(Run):
     "A run whose code calls a backend."
     def __init__(self, cfg, backend, context, depth, most_blocks):
-        super().__init__(cfg, {}, own_thread=threading.current_thread() is not threading.main_thread())
+        super().__init__(cfg, {}, own_thread=not on_main_thread())
         self.backend, self.context, self.depth, self.most_blocks = backend, context, depth, most_blocks
         if isinstance(backend, DirectLMBackend): backend.engine = self
     def functions(self): b = self.backend; return _functions(b.query, b.query_batched, b.recursive_query, b.recursive_query_batched)

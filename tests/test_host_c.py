@@ -1,10 +1,8 @@
 """Code in this process: languages, await and asyncio, context variables, classes that other processes know, and sources that stay."""
 import asyncio, contextvars, os
 import pytest
-from common import block, forks, in_child
+from common import HANG, block, forks, in_child
 from rlm import Limits, ScriptLM, arlm_run, exec_code, loops, repl, rlm_iter, rlm_run, sources
-
-HANG = 180 # Seconds after which something hangs
 
 @pytest.mark.parametrize('lang', ['bash2', 'Python', '', 'julia', None, 3, ['sh']])
 def test_an_unknown_language_is_never_python(lang):
